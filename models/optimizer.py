@@ -1,0 +1,42 @@
+"""Gradient descent with classical momentum, the one optimiser of the paper."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class MomentumSGD:
+    """v ← momentum·v − lr·g;  w ← w + v.
+
+    torch.optim.SGD scales its velocity by the learning rate of the current step, so the two part when the rate
+    changes while the velocity is kept; this is the original's form.
+
+    Args:
+        parameters: leaf tensors, changed in place.
+        lr: learning rate, may be assigned between steps.
+        momentum: 0.9 in the paper.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.9):
+        self.parameters = list(parameters)
+        self.velocities = [torch.zeros_like(p) for p in self.parameters]
+        self.lr = lr
+        self.momentum = momentum
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for p in self.parameters:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update from the parameters' gradients."""
+        for p, v in zip(self.parameters, self.velocities, strict=True):
+            v.mul_(self.momentum).sub_(p.grad, alpha=self.lr)
+            p.add_(v)
+
+    def reset_momentum(self) -> None:
+        """Set all velocities to zero."""
+        for v in self.velocities:
+            v.zero_()

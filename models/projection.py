@@ -1,0 +1,122 @@
+"""Standardisation and PCA of feature maps, and how both are fitted on streamed features."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.randomness import seed_for
+
+PCA_POSITIONS = 100_000  # positions that the PCA of one layer is fitted on (original code)
+
+
+class Moments:
+    """Running mean and standard deviation of every channel of a tap, summed in float64.
+
+    Feature maps (N, C, H, W) count every position, vectors (N, C) every unit on its own.
+    """
+
+    def __init__(self, channels: int):
+        self.count = 0
+        self.sums = torch.zeros(channels, dtype=torch.float64)
+        self.squares = torch.zeros(channels, dtype=torch.float64)
+
+    def update(self, features: Tensor) -> None:
+        """Add a batch of features (N, C, H, W) or (N, C), of any floating type."""
+        x = features.detach().cpu().double().flatten(2) if features.ndim == 4 else features.detach().cpu().double()
+        others = tuple(d for d in range(x.ndim) if d != 1)
+        self.count += x.numel() // x.shape[1]
+        self.sums += x.sum(others)
+        self.squares += x.square().sum(others)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of every channel, float64 (C,)."""
+        return self.sums / self.count
+
+    @property
+    def std(self) -> Tensor:
+        """Population standard deviation sqrt(E[x²] - E[x]²), float64 (C,); negative variances count as 0."""
+        return (self.squares / self.count - self.mean.square()).clamp(min=0).sqrt()
+
+    def guarded_std(self) -> tuple[Tensor, list[int]]:
+        """`std` with 1 in place of (near-)zero, and the indices of those constant channels.
+
+        differs from the original: there a constant channel has std 0 or NaN and spoils the layer.
+        """
+        root_mean_square = (self.squares / self.count).sqrt()
+        std = self.std
+        constant = std <= 1e-6 * root_mean_square
+        return torch.where(constant, torch.ones_like(std), std), constant.nonzero().flatten().tolist()
+
+
+def positions_per_image(num_images: int, total: int = PCA_POSITIONS) -> int:
+    """Positions drawn from each image so that all images together give about `total` (original code)."""
+    return total // num_images + 1
+
+
+def draw_positions(seed: int, layer: str, image: int, count: int, grid: int) -> np.ndarray:
+    """`count` flat grid positions of one image, drawn uniformly with replacement.
+
+    A function of its arguments alone, so that it matters neither in which batch an image is read nor whether the
+    run was resumed.
+    """
+    return np.random.default_rng(seed_for(seed, layer, image)).integers(0, grid, size=count)
+
+
+def fit_pca(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Principal components of samples (n, C), by eigenvectors of the covariance in float64.
+
+    Returns:
+        components: (min(n, C), C), unit rows in order of falling variance; the entry of largest magnitude of a
+            row is positive, since PCA leaves the sign open.
+        mean: (C,) of the samples.
+        variance: (min(n, C),) explained by each component, with n - 1 in the denominator.
+    """
+    x = np.asarray(samples, dtype=np.float64)
+    mean = x.mean(axis=0)
+    x = x - mean
+    variance, vectors = np.linalg.eigh(x.T @ x / max(len(x) - 1, 1))
+    count = min(x.shape)
+    variance, components = variance[::-1][:count], vectors.T[::-1][:count]
+    largest = np.take_along_axis(components, np.abs(components).argmax(axis=1)[:, None], axis=1)
+    return components * np.sign(largest), mean, np.maximum(variance, 0)
+
+
+class Projection(nn.Module):
+    """Standardises the channels of a feature map and keeps the first half of its principal components.
+
+    p = A ((x - mean) / std - pca_mean), A of (D, C) with D = (number of components + 1) // 2 (original code);
+    not whitened.
+
+    Args:
+        mean, std: (C,) of the raw features; std has no zeros.
+        components: (D, C), the rows of PCA that are kept.
+        pca_mean: (C,) mean of the standardised features that PCA was fitted on.
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor, components: Tensor, pca_mean: Tensor):
+        super().__init__()
+        for name, value in {"mean": mean, "std": std, "components": components, "pca_mean": pca_mean}.items():
+            self.register_buffer(name, value.to(torch.float32))
+
+    @classmethod
+    def fit(cls, mean: Tensor, std: Tensor, samples: np.ndarray) -> "Projection":
+        """Fit PCA on standardised samples (n, C) and keep (min(n, C) + 1) // 2 components."""
+        components, pca_mean, _ = fit_pca(samples)
+        kept = (len(components) + 1) // 2
+        return cls(mean, std, torch.from_numpy(components[:kept].copy()), torch.from_numpy(pca_mean))
+
+    @property
+    def size(self) -> int:
+        """D, the number of components kept."""
+        return self.components.shape[0]
+
+    def standardise(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) raw features -> zero mean and unit variance per channel."""
+        return (x - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) raw features -> (N, D, H, W)."""
+        centred = self.standardise(x) - self.pca_mean[:, None, None]
+        return F.conv2d(centred, self.components[:, :, None, None])

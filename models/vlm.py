@@ -1,0 +1,218 @@
+"""The visual language model: recurrent networks that read a feature map in four directions.
+
+Each direction reads the grid along one axis and predicts, from what it has read, what comes next:
+
+      down: top to bottom      up: bottom to top      right: left to right     left: right to left
+      ┌───────────┐            ┌───────────┐          ┌───────────┐            ┌───────────┐
+      │ 1 1 1 1 1 │            │ 3 3 3 3 3 │          │ 1 2 3 4 5 │            │ 5 4 3 2 1 │
+      │ 2 2 2 2 2 │            │ 2 2 2 2 2 │          │ 1 2 3 4 5 │            │ 5 4 3 2 1 │
+      │ 3 3 3 3 3 │            │ 1 1 1 1 1 │          │ 1 2 3 4 5 │            │ 5 4 3 2 1 │
+      └───────────┘            └───────────┘          └───────────┘            └───────────┘
+
+Columns are independent sequences for the vertical directions, rows for the horizontal ones. The prediction of
+step t+1 has seen steps 1 … t of its own column or row and nothing else.
+
+Letters in shape comments: N images, D components, H × W grid, T steps along the scan, B = sequences (N·W or N·H).
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import UserError
+from models.projection import Projection
+from models.randomness import seed_for
+
+DIRECTIONS = ("down", "up", "right", "left")
+VERTICAL = ("down", "up")
+BACKWARD = ("up", "left")
+INITIAL_STD = 0.01  # paper: weights from N(0, 0.01²), biases 0
+
+Predictor = Callable[[Tensor], Tensor]
+
+
+def to_sequences(p: Tensor, direction: str) -> Tensor:
+    """Feature map (N, D, H, W) -> sequences (T, B, D) in reading order."""
+    n, d, h, w = p.shape
+    if direction in VERTICAL:
+        sequences = p.permute(2, 0, 3, 1).reshape(h, n * w, d)  # (H, N·W, D)
+    else:
+        sequences = p.permute(3, 0, 2, 1).reshape(w, n * h, d)  # (W, N·H, D)
+    return sequences.flip(0) if direction in BACKWARD else sequences
+
+
+def to_grid(scan: Tensor, direction: str, images: int) -> Tensor:
+    """Per-step values (T', B, …) in reading order -> (N, T', W, …) or (N, H, T', …) in the map's own order."""
+    if direction in BACKWARD:
+        scan = scan.flip(0)
+    steps, sequences = scan.shape[:2]
+    grid = scan.reshape(steps, images, sequences // images, *scan.shape[2:])
+    return grid.transpose(0, 1) if direction in VERTICAL else grid.permute(1, 2, 0, *range(3, grid.ndim))
+
+
+def ramp(steps: int, like: Tensor) -> Tensor:
+    """Weights 0, 1/steps, …, (steps-1)/steps of a scan's predictions: trust grows with what was read.
+
+    float64, as in the original, where the device has it. `steps` = T - 1.
+    """
+    return torch.arange(steps, dtype=accumulation_type(like), device=like.device) / steps
+
+
+def accumulation_type(like: Tensor) -> torch.dtype:
+    """float64, except on Apple's GPUs, which have none."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
+def predict_nothing(seen: Tensor) -> Tensor:
+    """The trivial predictor that always says zero, the mean of all features. (T-1, B, D) -> (T-1, B, D)."""
+    return torch.zeros_like(seen)
+
+
+def repeat_last(seen: Tensor) -> Tensor:
+    """The trivial predictor that says what it saw last. (T-1, B, D) -> (T-1, B, D)."""
+    return seen
+
+
+TRIVIAL_PREDICTORS: dict[str, Predictor] = {"predict nothing": predict_nothing, "repeat last": repeat_last}
+
+
+def squared_errors(p: Tensor, direction: str, predictor: Predictor) -> Tensor:
+    """Squared error of every prediction of one scan, not yet weighted: (T-1, B, D) in reading order."""
+    sequences = to_sequences(p, direction)  # (T, B, D)
+    if len(sequences) < 2:
+        raise UserError(
+            f"a {p.shape[3]}×{p.shape[2]} feature map has nothing to predict along '{direction}': "
+            "give a larger image"
+        )
+    return (predictor(sequences[:-1]) - sequences[1:]).square()
+
+
+def direction_loss(p: Tensor, direction: str, predictor: Predictor) -> Tensor:
+    """Mean weighted squared error of one direction, a float64 scalar."""
+    errors = squared_errors(p, direction, predictor)
+    per_step = errors.mean(dim=(1, 2), dtype=accumulation_type(p))  # (T-1,)
+    return (per_step * ramp(len(errors), p)).mean()
+
+
+def layer_loss(p: Tensor, predictors: Mapping[str, Predictor]) -> Tensor:
+    """Mean of the four directions' losses on projected features (N, D, H, W)."""
+    return torch.stack([direction_loss(p, d, predictors[d]) for d in DIRECTIONS]).mean()
+
+
+def direction_error_map(p: Tensor, direction: str, predictor: Predictor) -> Tensor:
+    """Weighted squared error of every prediction at its place, averaged over the D components.
+
+    (N, H-1, W) for the vertical directions, (N, H, W-1) for the horizontal ones. A forward direction's error
+    stands where the last vector read stood, a backward one's where the predicted vector stands: both count the
+    T-1 steps from the top or the left (original code).
+    """
+    errors = squared_errors(p, direction, predictor)
+    weighted = errors.mean(dim=2, dtype=accumulation_type(p)) * ramp(len(errors), p)[:, None]  # (T-1, B)
+    return to_grid(weighted, direction, len(p))
+
+
+def layer_map(p: Tensor, predictors: Mapping[str, Predictor]) -> Tensor:
+    """Unnaturalness map (N, H-1, W-1) of projected features (N, D, H, W): the sum of the four error maps."""
+    height, width = p.shape[2] - 1, p.shape[3] - 1
+    maps = [direction_error_map(p, d, predictors[d])[:, :height, :width] for d in DIRECTIONS]
+    return torch.stack(maps).sum(0)
+
+
+def trivial_losses(p: Tensor) -> dict[str, float]:
+    """Losses of the two trivial predictors; a trained model must be below both."""
+    return {
+        name: float(layer_loss(p, dict.fromkeys(DIRECTIONS, predictor)))
+        for name, predictor in TRIVIAL_PREDICTORS.items()
+    }
+
+
+class DirectionalModel(nn.Module):
+    """Two stacked LSTMs of hidden size D and a linear map D → D, reading in one direction.
+
+    PyTorch's gates stand in the order input, forget, cell, output. Its second bias stays frozen at zero: the
+    paper's LSTM has one, and with two gradient descent would move it twice as fast.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.lstm = nn.LSTM(size, size, num_layers=2)
+        self.linear = nn.Linear(size, size)
+        for name, parameter in self.named_parameters():
+            if "bias" in name:
+                nn.init.zeros_(parameter)
+            if "bias_hh" in name:
+                parameter.requires_grad_(False)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Weights from N(0, 0.01²), biases zero."""
+        for name, parameter in self.named_parameters():
+            if "weight" in name:
+                nn.init.normal_(parameter, std=INITIAL_STD, generator=generator)
+
+    def forward(self, seen: Tensor) -> Tensor:
+        """Sequences (T, B, D) -> predictions (T, B, D) of the step that follows each."""
+        hidden, _ = self.lstm(seen.contiguous())
+        return self.linear(hidden)
+
+
+class LayerModel(nn.ModuleDict):
+    """The language model of one layer: an independent `DirectionalModel` per direction."""
+
+    def __init__(self, size: int):
+        super().__init__({direction: DirectionalModel(size) for direction in DIRECTIONS})
+        self.size = size
+
+    def initialise(self, seed: int, layer: str) -> None:
+        """Draw initial weights; they depend on the seed, the layer and the direction only."""
+        for direction in DIRECTIONS:
+            generator = torch.Generator().manual_seed(seed_for(seed, layer, direction))
+            self[direction].initialise(generator)
+
+    def loss(self, p: Tensor) -> Tensor:
+        """Loss on projected features (N, D, H, W), a float64 scalar."""
+        return layer_loss(p, self)
+
+    def unnaturalness_map(self, p: Tensor) -> Tensor:
+        """(N, H-1, W-1) float64 from projected features (N, D, H, W)."""
+        return layer_map(p, self)
+
+
+class VisualLanguageModel(nn.Module):
+    """Projections and language models of several layers of one backbone.
+
+    Args:
+        projections: by layer.
+        statistics: by tap, mean and std (C,) of raw features, for all taps that were measured, `data` and the
+            reconstruction targets among them.
+    """
+
+    def __init__(self, projections: Mapping[str, Projection], statistics: Mapping[str, Mapping[str, Tensor]]):
+        super().__init__()
+        self.projections = nn.ModuleDict(projections)
+        self.layers = nn.ModuleDict({name: LayerModel(p.size) for name, p in projections.items()})
+        self.statistics = {tap: dict(values) for tap, values in statistics.items()}
+
+    def initialise(self, seed: int) -> None:
+        """Draw initial weights of every layer from the seed."""
+        for name, layer in self.layers.items():
+            layer.initialise(seed, name)
+
+    def freeze(self) -> "VisualLanguageModel":
+        """Stop gradients to the weights, for use as a fixed regulariser or detector.
+
+        The modules stay in train mode: cuDNN refuses the backward pass to the input of an LSTM in eval mode, and
+        without dropout the two modes compute the same.
+        """
+        self.requires_grad_(False)
+        return self.train()
+
+    def losses(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Loss by layer on raw feature maps (N, C, H, W); their mean is the paper's loss."""
+        return {name: self.layers[name].loss(self.projections[name](x)) for name, x in features.items()}
+
+    def unnaturalness_maps(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Map (N, H-1, W-1) by layer on raw feature maps (N, C, H, W)."""
+        return {
+            name: self.layers[name].unnaturalness_map(self.projections[name](x)) for name, x in features.items()
+        }

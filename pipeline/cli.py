@@ -1,0 +1,299 @@
+"""The command line that all scripts share: options, presets, first lines, progress, errors.
+
+Nothing here imports torch before it is needed, so that `--help` answers at once.
+"""
+
+import argparse
+import errno
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from models.errors import UserError
+from pipeline.presets import PRESETS
+
+LINE_INTERVAL = 20.0  # seconds between progress lines where there is no terminal
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line on stderr and exit with code 2."""
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def stage_parser(doc: str, *, workspace: bool = True) -> Parser:
+    """A parser with the options every stage has; `doc` is the script's docstring.
+
+    `workspace` adds --preset and --root.
+    """
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if workspace:
+        parser.add_argument(
+            "--preset",
+            choices=sorted(PRESETS),
+            default="alexnet",
+            help="whose defaults to take for all other options; alexnet_caffe and vgg19_caffe are the paper's "
+            "(default: alexnet)",
+        )
+        parser.add_argument("--root", type=Path, help="workspace folder (default: out/<preset>)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes cuda, then mps, then cpu")
+    parser.add_argument(
+        "--seed", type=natural, default=0, help="everything that is drawn follows from it (default: 0)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="start afresh where finished or partial results stand"
+    )
+    return parser
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None, stage: str) -> argparse.Namespace:
+    """Parse with the chosen preset's values as the defaults of this stage."""
+    first = Parser(add_help=False, prog=parser.prog)
+    first.add_argument("--preset", default="alexnet")
+    name = first.parse_known_args(argv)[0].preset
+    if name in PRESETS:
+        settings = PRESETS[name].get(stage, {})
+        parser.set_defaults(root=Path("out") / name, **{key: s.value for key, s in settings.items()})
+    return parser.parse_args(argv)
+
+
+def natural(text: str) -> int:
+    """argparse type: an integer from 0 to 2⁶³-1."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not an integer from 0 up")
+    return value
+
+
+def positive(text: str) -> int:
+    """argparse type: an integer from 1 up."""
+    value = natural(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("0 is too small: give an integer from 1 up")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return value
+
+
+def non_negative_number(text: str) -> float:
+    """argparse type: a finite number from 0 up."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number from 0 up")
+    return value
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number from 0 up, below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def add_weights_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say where the CNN's weights come from."""
+    parser.add_argument(
+        "--weights",
+        default="auto",
+        metavar="auto|random|FILE",
+        help="CNN weights: auto looks for the installed package, then downloads; a FILE (.pth, .safetensors, "
+        ".caffemodel, .ckpt) serves offline; random is a control (default: auto)",
+    )
+    parser.add_argument(
+        "--mean-image",
+        type=Path,
+        help="imagenet_mean.binaryproto for the Caffe backbones (default: downloaded)",
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="folder of downloads (default: $CNN_VLM_CACHE or ~/.cache/cnn-vlm)"
+    )
+
+
+def load_backbone(args: argparse.Namespace, name: str, layers: list[str], device: Any) -> tuple[Any, Any]:
+    """The backbone and its `Weights` for the options of `add_weights_options`, on a device; says what was taken.
+
+    `layers` are the taps that will be read: they decide whether convolutions alone are enough.
+    """
+    from models.weights import load_backbone
+
+    with Progress(None, "weights", "B") as progress:
+        backbone, weights = load_backbone(
+            name,
+            args.weights,
+            layers=layers,
+            mean_image=args.mean_image or "auto",
+            cache=args.cache,
+            progress=progress.download,
+            seed=args.seed,
+        )
+    print(f"weights: {weights.source}, sha256 {weights.sha256[:16]}", flush=True)
+    return backbone.to(device), weights
+
+
+def pick_device(name: str):
+    """The torch device for an option value of `DEVICES`.
+
+    Raises:
+        UserError: the device asked for is not there.
+    """
+    import torch
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"--device {name} is not available here: use --device auto or cpu")
+    return torch.device(name)
+
+
+def announce(args: argparse.Namespace, device: object = None) -> None:
+    """First lines of every script: versions, device, effective arguments."""
+    packages = " ".join(f"{name} {_version(name)}" for name in ("torch", "torchvision", "numpy", "pillow"))
+    print(f"cnn-vlm {code_version()}, python {platform.python_version()}, {packages}", flush=True)
+    if device is not None:
+        print(f"device: {device}, {os.cpu_count()} CPU cores", flush=True)
+    arguments = " ".join(f"{key}={_show(value)}" for key, value in sorted(vars(args).items()))
+    print(f"arguments: {arguments}", flush=True)
+
+
+def _show(value: Any) -> str:
+    return ",".join(str(v) for v in value) if isinstance(value, list | tuple) else str(value)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def code_version() -> str:
+    """The git commit of this code, or 'unknown' outside a checkout."""
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return result.stdout.strip() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Versions for an artefact's sidecar."""
+    names = ("torch", "torchvision", "numpy", "pillow")
+    return {"code": code_version(), "python": platform.python_version(), **{n: _version(n) for n in names}}
+
+
+class Progress:
+    """A tqdm bar on a terminal, a line every `LINE_INTERVAL` seconds elsewhere.
+
+    Args:
+        total: units of work in all.
+        what: what is being done.
+        unit: name of one unit.
+        done: units that an earlier run did.
+    """
+
+    def __init__(self, total: int | None, what: str, unit: str = "it", done: int = 0):
+        self.total, self.what, self.unit = total, what, unit
+        self.done = self.first = done
+        self.started = self.printed = time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty() and total is not None:
+            self._open_bar()
+
+    def _open_bar(self) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(
+            total=self.total,
+            desc=self.what,
+            unit=self.unit,
+            unit_scale=self.unit == "B",
+            initial=self.first,
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, count: int = 1, note: str = "") -> None:
+        """Report `count` further units, with a short note such as a loss."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(count)
+        elif time.monotonic() - self.printed >= LINE_INTERVAL:
+            self.printed = time.monotonic()
+            rate = (self.done - self.first) / (self.printed - self.started)
+            left = f", {(self.total - self.done) / rate:.0f} s left" if self.total and rate else ""
+            of = f"/{self.total}" if self.total else ""
+            note = f"  {note}" if note else ""
+            print(f"{self.what}: {self.done}{of} {self.unit}, {rate:.2f} {self.unit}/s{left}{note}", flush=True)
+
+    def download(self, done: int, total: int | None) -> None:
+        """The callback of `models.downloads.fetch`: `done` of `total` bytes are there."""
+        self.total = total
+        if self.bar is None and sys.stderr.isatty():
+            self._open_bar()
+        self.update(done - self.done)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def _on_sigterm(*_: object) -> None:
+    raise Terminated
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Run a script's `main` and turn what ends it into an exit code.
+
+    0 success; 2 a user's mistake, in one line on stderr; 130 Ctrl-C and 143 SIGTERM, with a line on how to go on.
+    Other exceptions keep their traceback.
+    """
+    name = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        return main() or 0
+    except UserError as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            where = error.filename or "the workspace"
+            print(
+                f"{name}: cannot write {where} ({error.strerror}): mend that and run again to go on",
+                file=sys.stderr,
+            )
+            return 2
+        raise
+    except (KeyboardInterrupt, Terminated) as stop:
+        print(f"\n{name}: interrupted; the same command goes on from the last saved state", file=sys.stderr)
+        return 130 if isinstance(stop, KeyboardInterrupt) else 143

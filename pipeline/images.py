@@ -1,0 +1,90 @@
+"""Pictures in and out: every mode that Pillow opens becomes 8-bit RGB."""
+
+import io
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from models.errors import UserError
+from pipeline.artefacts import atomic_path
+
+STORED_SIZE = 256  # side of the training images (paper's code)
+
+
+def read_rgb(source: Path | BinaryIO, name: str | None = None) -> np.ndarray:
+    """An image as (H, W, 3) uint8 RGB.
+
+    Grey is replicated to three channels, alpha is dropped, 16-bit and float images are scaled to 8 bits, palettes
+    and CMYK are converted, EXIF orientation is applied; of an animation the first frame is read.
+
+    Raises:
+        UserError: not an image, damaged, or more pixels than Pillow's decompression-bomb limit.
+    """
+    name = name or str(source)
+    if isinstance(source, Path) and not source.is_file():
+        what = "is a folder" if source.is_dir() else "does not exist"
+        raise UserError(f"{name} {what}: give an image file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", UserWarning)
+            with Image.open(source) as image:
+                return to_rgb_array(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise UserError(f"{name} is not an image that Pillow can open: give a JPEG, PNG, TIFF, WebP, …") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"{name} is too large ({error}): scale it down first") from None
+    except MemoryError:
+        raise UserError(f"{name} does not fit into memory: scale it down first") from None
+    except PermissionError:
+        raise UserError(f"{name} cannot be read: permission denied") from None
+    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
+        raise UserError(f"{name} is damaged ({type(error).__name__}: {error}): give another file") from None
+
+
+def to_rgb_array(image: Image.Image) -> np.ndarray:
+    """A Pillow image of any mode as (H, W, 3) uint8 RGB.
+
+    differs from the original: it read palette indices as grey and CMYK as RGB, and failed on grey with alpha.
+    """
+    if image.mode.startswith(("I", "F")):
+        return np.repeat(_to_bytes(np.asarray(image))[:, :, None], 3, axis=2)
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # palettes may carry transparency, dropped below
+    return np.asarray(image.convert("RGB"))  # (H, W, 3)
+
+
+def _to_bytes(grey: np.ndarray) -> np.ndarray:
+    """Grey values of 16 bits, 32 bits or floats -> uint8; floats within 0-1 are taken as fractions of white."""
+    values = np.nan_to_num(grey.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    if grey.dtype.kind == "f":
+        scale = 255.0 if values.max(initial=0) <= 1 else 1.0
+    else:
+        scale = 1 / 257 if grey.dtype.itemsize == 2 or values.max(initial=0) > 255 else 1.0
+    return (values * scale + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def resize_to_square(rgb: np.ndarray, size: int = STORED_SIZE) -> np.ndarray:
+    """(H, W, 3) uint8 -> (size, size, 3) by area averaging, ignoring the aspect ratio (paper's code)."""
+    return np.asarray(Image.fromarray(rgb).resize((size, size), Image.Resampling.BOX))
+
+
+def limit_side(rgb: np.ndarray, max_side: int | None) -> np.ndarray:
+    """Shrink (H, W, 3) uint8 so that its longer side is at most `max_side`, keeping the aspect ratio."""
+    height, width = rgb.shape[:2]
+    if not max_side or max(height, width) <= max_side:
+        return rgb
+    scale = max_side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BOX))
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """Write (H, W) or (H, W, 3) uint8 as PNG, atomically."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())

@@ -1,0 +1,142 @@
+"""Stage 1: images on disk -> images.npy, what the networks are trained on.
+
+In:  --source, a folder (flat or nested), an uncompressed tar (ILSVRC2012_img_val.tar), a tar of tars
+     (ILSVRC2012_img_train.tar), a text file with one path per line, or `samples`: random crops of the photos that
+     scikit-learn and scikit-image carry.
+Out: ROOT/images.npy (N, 256, 256, 3) uint8 RGB, resized by area averaging without regard to the aspect ratio; the
+     names, in order, in its sidecar; ROOT/rejected.csv with the files that could not be read, and why.
+
+    python prepare_images.py --source ILSVRC2012_img_val.tar --root out/alexnet
+"""
+
+import csv
+import io
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from models.errors import UserError
+from pipeline import artefacts, cli
+from pipeline.images import STORED_SIZE, resize_to_square
+from pipeline.sources import Crop, Entry, fingerprint, list_images
+
+MARK_EVERY = 256  # images between two notes of progress on disk
+
+
+def load_square(entry: Entry | Crop) -> np.ndarray | str:
+    """One image as (256, 256, 3) uint8, or the reason why it cannot be read."""
+    try:
+        return resize_to_square(entry.read())
+    except UserError as error:
+        return str(error)
+
+
+def load_in_order(entries: list[Entry] | list[Crop], workers: int) -> Iterator[np.ndarray | str]:
+    """`load_square` of all entries in order, decoded ahead by `workers` threads (Pillow decodes in parallel)."""
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = deque(pool.submit(load_square, entry) for entry in entries[: 2 * workers])
+        for following in range(2 * workers, len(entries) + 2 * workers):
+            if not ahead:
+                return
+            result = ahead.popleft().result()
+            if following < len(entries):
+                ahead.append(pool.submit(load_square, entries[following]))
+            yield result
+
+
+def prepare(
+    entries: list[Entry] | list[Crop],
+    out: Path,
+    *,
+    workers: int,
+    strict: bool,
+    facts: artefacts.Facts,
+) -> dict[int, str]:
+    """Write all readable entries to `out`; return the reasons against the others by their index.
+
+    Raises:
+        UserError: an unreadable file under `strict`, or nothing readable at all.
+    """
+    size = len(entries) * STORED_SIZE * STORED_SIZE * 3
+    print(f"{len(entries)} images, {artefacts.format_bytes(size)} in {out}", flush=True)
+    writer = artefacts.ArrayWriter(out, (len(entries), STORED_SIZE, STORED_SIZE, 3), "uint8", facts)
+    if not writer.done:
+        artefacts.check_disk(out.parent, size)
+    rejected = {int(index): reason for index, reason in writer.state.get("rejected", {}).items()}
+    first = writer.done + len(rejected)
+    with cli.Progress(len(entries), "preparing", "images", first) as progress:
+        for index, result in enumerate(load_in_order(entries[first:], workers), first):
+            if isinstance(result, str):
+                if strict:
+                    raise UserError(f"{result} (--strict)")
+                rejected[index] = result
+            else:
+                writer.array[writer.done] = result
+                writer.done += 1
+            progress.update(note=f"{len(rejected)} rejected" if rejected else "")
+            if (writer.done + len(rejected)) % MARK_EVERY == 0:
+                writer.mark(writer.done, rejected=rejected)
+    if not writer.done:
+        raise UserError(f"none of the {len(entries)} files is a readable image, the first: {rejected[0]}")
+    writer.finish(
+        rows=writer.done,
+        content_sha256=artefacts.hash_rows(writer.array[: writer.done]),
+        rejected=len(rejected),
+        versions=cli.versions(),
+        names=[entry.name for index, entry in enumerate(entries) if index not in rejected],
+    )
+    return rejected
+
+
+def write_rejected(path: Path, rejected: list[tuple[str, str]]) -> None:
+    """Names and reasons as CSV."""
+    text = io.StringIO()
+    csv.writer(text).writerows([("name", "reason"), *rejected])
+    artefacts.write_text(path, text.getvalue())
+
+
+def get_parser() -> cli.Parser:
+    """Options of this stage."""
+    parser = cli.stage_parser(__doc__)
+    parser.add_argument(
+        "--source", help="folder, tar, tar of tars, list file, or 'samples' (paper: ILSVRC2012 val)"
+    )
+    parser.add_argument("--out", type=Path, help="where to write (default: ROOT/images.npy)")
+    parser.add_argument("--num-images", type=cli.positive, help="a random subset of this size (paper: all)")
+    parser.add_argument("--workers", type=cli.positive, default=os.cpu_count() or 1, help="decoding threads")
+    parser.add_argument("--strict", action="store_true", help="stop at the first unreadable file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the stage."""
+    args = cli.parse_args(get_parser(), argv, "prepare_images")
+    if args.source is None:
+        raise UserError("--source is missing: give a folder, a tar, a list file, or 'samples'")
+    out = args.out or args.root / "images.npy"
+    cli.announce(args)
+    entries = list_images(args.source, args.num_images, args.seed)
+    facts = {
+        "stage": "prepare_images",
+        "source": Path(args.source).name,
+        "inputs_sha256": fingerprint(entries),
+        "num_images": args.num_images,
+        "seed": args.seed,
+    }
+    if artefacts.is_finished(out, facts, args.overwrite):
+        print(f"{out} is finished: nothing to do")
+        return
+    rejected = prepare(entries, out, workers=args.workers, strict=args.strict, facts=facts)
+    write_rejected(out.parent / "rejected.csv", [(entries[i].name, reason) for i, reason in rejected.items()])
+    print(f"{out}: {len(entries) - len(rejected)} images, {len(rejected)} rejected")
+    for reason in list(rejected.values())[:5]:
+        print(f"  rejected: {reason}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
