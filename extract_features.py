@@ -128,9 +128,7 @@ def collect_statistics(
                 statistics.moments[tap].update(values)
             for layer in layers:
                 flat = features[layer].flatten(2)  # (B, C, H·W)
-                drawn = [
-                    draw_positions(seed, layer, i, per_image, flat.shape[2]) for i in range(start, start + len(x))
-                ]
+                drawn = [draw_positions(seed, layer, i, per_image, flat.shape[2]) for i in range(start, start + len(x))]
                 index = torch.from_numpy(np.stack(drawn)).to(flat.device)[:, None].expand(-1, flat.shape[1], -1)
                 statistics.samples[layer][start : start + len(x)] = flat.gather(2, index).transpose(1, 2).cpu()
             statistics.done = start + len(x)
@@ -228,9 +226,7 @@ def get_parser() -> cli.Parser:
         help="further taps whose mean and std are measured, as targets of reconstruction "
         "(default: those of pool5, fc6, fc7, fc8 that the weights reach)",
     )
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16"), default="float32", help="float16 halves the files"
-    )
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="float16 halves the files")
     parser.add_argument("--batch-size", type=cli.positive, default=16, help="images per forward pass")
     parser.add_argument("--limit", type=cli.positive, help="use the first images only")
     parser.add_argument(
@@ -250,9 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     images = images[: args.limit]
     device = cli.pick_device(args.device)
     cli.announce(args, device)
-    backbone, weights = cli.load_backbone(
-        args, args.backbone, [*(args.layers or []), *(args.statistics or [])], device
-    )
+    backbone, weights = cli.load_backbone(args, args.backbone, [*(args.layers or []), *(args.statistics or [])], device)
     layers = args.layers or list(backbone.architecture.vlm_layers)
     others = args.statistics
     if others is None:
@@ -300,9 +294,7 @@ def run(images, backbone, layers, others, folder, facts, args, source) -> None:
         artefacts.write_json(artefacts.sidecar_path(path), {**collected, "versions": cli.versions()})
         state.unlink(missing_ok=True)
     projections = {
-        layer: Projection(
-            **{n: tensors[f"{layer}.projection.{n}"] for n in ("mean", "std", "components", "pca_mean")}
-        )
+        layer: Projection(**{n: tensors[f"{layer}.projection.{n}"] for n in ("mean", "std", "components", "pca_mean")})
         for layer in layers
     }
     facts = {**facts, "projection_sha256": artefacts.file_sha256(path), "dtype": args.dtype}

@@ -103,9 +103,7 @@ def write_rejected(path: Path, rejected: list[tuple[str, str]]) -> None:
 def get_parser() -> cli.Parser:
     """Options of this stage."""
     parser = cli.stage_parser(__doc__)
-    parser.add_argument(
-        "--source", help="folder, tar, tar of tars, list file, or 'samples' (paper: ILSVRC2012 val)"
-    )
+    parser.add_argument("--source", help="folder, tar, tar of tars, list file, or 'samples' (paper: ILSVRC2012 val)")
     parser.add_argument("--out", type=Path, help="where to write (default: ROOT/images.npy)")
     parser.add_argument("--num-images", type=cli.positive, help="a random subset of this size (paper: all)")
     parser.add_argument("--workers", type=cli.positive, default=os.cpu_count() or 1, help="decoding threads")

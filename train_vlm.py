@@ -114,9 +114,7 @@ def validate(layer: "LayerModel", features: np.ndarray, images: np.ndarray, devi
 
 def split_images(count: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted indices of the training and of the held-out images; never more than a tenth is held out."""
-    held = np.sort(
-        np.random.default_rng(seed_for(seed, "held out")).permutation(count)[: min(held_out, count // 10)]
-    )
+    held = np.sort(np.random.default_rng(seed_for(seed, "held out")).permutation(count)[: min(held_out, count // 10)])
     return np.setdiff1d(np.arange(count), held), held
 
 
@@ -186,9 +184,7 @@ class Run:
         """
         schedule = self.schedule
         interval_start, interval_first = time.monotonic(), self.iteration
-        with cli.Progress(
-            schedule.iterations, f"training {' '.join(self.names)}", "it", self.iteration
-        ) as progress:
+        with cli.Progress(schedule.iterations, f"training {' '.join(self.names)}", "it", self.iteration) as progress:
             while self.iteration < schedule.iterations:
                 i = self.iteration
                 if i and schedule.rate(i) != schedule.rate(i - 1):
@@ -213,9 +209,7 @@ class Run:
 
     def _diverged(self, iteration: int, losses: dict[str, float]) -> str:
         worst = ", ".join(name for name, loss in losses.items() if not math.isfinite(loss))
-        kept = (
-            f"the state after an earlier checkpoint is kept in {self.state}" if self.state.is_file() else "nothing"
-        )
+        kept = f"the state after an earlier checkpoint is kept in {self.state}" if self.state.is_file() else "nothing"
         return (
             f"the loss of {worst} is no longer finite at iteration {iteration} with learning rate "
             f"{self.optimizer.lr:g}: use a smaller --learning-rate with --overwrite ({kept})"
@@ -304,9 +298,7 @@ def open_features(folder: Path, layers: list[str] | None) -> tuple[dict[str, np.
     for layer in layers or []:
         if layer not in configuration["layers"]:
             there = ", ".join(configuration["layers"])
-            raise UserError(
-                f"{folder} has no features of {layer}: choose from {there}, or run extract_features.py"
-            )
+            raise UserError(f"{folder} has no features of {layer}: choose from {there}, or run extract_features.py")
     digest = artefacts.file_sha256(path)
     features = {}
     for layer in layers or configuration["layers"]:
@@ -328,9 +320,7 @@ def get_parser() -> cli.Parser:
     parser = cli.stage_parser(__doc__)
     parser.add_argument("--features", type=Path, help="folder of stage 2 (default: ROOT/features)")
     parser.add_argument("--out", type=Path, help="checkpoint to write (default: ROOT/vlm.safetensors)")
-    parser.add_argument(
-        "--layers", nargs="+", metavar="LAYER", help="layers to train now (default: all extracted)"
-    )
+    parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to train now (default: all extracted)")
     parser.add_argument("--iterations", type=cli.positive, default=20_001, help="updates (original code: 20001)")
     parser.add_argument("--batch-size", type=cli.positive, default=16, help="images (paper: 16 AlexNet, 1 VGG)")
     parser.add_argument(
@@ -348,9 +338,7 @@ def get_parser() -> cli.Parser:
         "(default: quarters of the run; paper: 5000 10000 15000)",
     )
     parser.add_argument("--decay-factor", type=cli.positive_number, default=0.1, help="paper: 0.1")
-    parser.add_argument(
-        "--held-out", type=cli.natural, default=50, help="images for the validation loss (paper: none)"
-    )
+    parser.add_argument("--held-out", type=cli.natural, default=50, help="images for the validation loss (paper: none)")
     parser.add_argument("--log-every", type=cli.positive, default=100, help="updates between log lines")
     parser.add_argument("--checkpoint-every", type=cli.positive, default=1000, help="original code: 1000")
     return parser

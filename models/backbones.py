@@ -303,9 +303,7 @@ class Backbone(nn.Module):
             width the mean is subtracted per pixel, elsewhere per channel (the original's rule).
     """
 
-    def __init__(
-        self, architecture: Architecture, parameters: dict[str, Tensor], mean_image: Tensor | None = None
-    ):
+    def __init__(self, architecture: Architecture, parameters: dict[str, Tensor], mean_image: Tensor | None = None):
         super().__init__()
         self.architecture = architecture
         for operation in architecture.operations:

@@ -143,9 +143,7 @@ def load_vlm(path: Path) -> tuple[VisualLanguageModel, dict[str, Any]]:
     return vlm_from_tensors(tensors, layers, path), configuration
 
 
-def merge_layers(
-    first: Mapping[str, Tensor], second: Mapping[str, Tensor], layers: list[str]
-) -> dict[str, Tensor]:
+def merge_layers(first: Mapping[str, Tensor], second: Mapping[str, Tensor], layers: list[str]) -> dict[str, Tensor]:
     """`first` with everything of `layers` replaced by `second`'s tensors; layers share no parameters."""
     prefixes = tuple(f"{layer}." for layer in layers)
     kept = {name: value for name, value in first.items() if not name.startswith(prefixes)}

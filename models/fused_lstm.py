@@ -1,8 +1,8 @@
 """The LSTM of several directions at once, with one weight-gradient product for the whole scan.
 
 `nn.LSTM` runs the directions one after the other; where a layer has few components and many steps, as the pixels
-have, it spends its time on overhead. Here the directions are one batched product per step, sequences stand last in memory so
-that every elementwise operation is long, and backward collects the gates' gradients of all steps before it
+have, it spends its time on overhead. Here the directions are one batched product per step, sequences stand last in
+memory so that every elementwise operation is long, and backward collects the gates' gradients of all steps before it
 multiplies. Results equal `nn.LSTM`'s to float32 rounding.
 
 Letters: K directions, T steps, B sequences, I inputs, D hidden units. Gates stand in the order input, forget, cell,

@@ -84,8 +84,7 @@ def squared_errors(p: Tensor, direction: str, predictor: Predictor) -> Tensor:
     sequences = to_sequences(p, direction)  # (T, B, D)
     if len(sequences) < 2:
         raise UserError(
-            f"a {p.shape[3]}×{p.shape[2]} feature map has nothing to predict along '{direction}': "
-            "give a larger image"
+            f"a {p.shape[3]}×{p.shape[2]} feature map has nothing to predict along '{direction}': give a larger image"
         )
     return (predictor(sequences[:-1]) - sequences[1:]).square()
 
@@ -235,6 +234,4 @@ class VisualLanguageModel(nn.Module):
 
     def unnaturalness_maps(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Map (N, H-1, W-1) by layer on raw feature maps (N, C, H, W)."""
-        return {
-            name: self.layers[name].unnaturalness_map(self.projections[name](x)) for name, x in features.items()
-        }
+        return {name: self.layers[name].unnaturalness_map(self.projections[name](x)) for name, x in features.items()}

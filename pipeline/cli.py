@@ -47,12 +47,8 @@ def stage_parser(doc: str, *, workspace: bool = True) -> Parser:
         )
         parser.add_argument("--root", type=Path, help="workspace folder (default: out/<preset>)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes cuda, then mps, then cpu")
-    parser.add_argument(
-        "--seed", type=natural, default=0, help="everything that is drawn follows from it (default: 0)"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="start afresh where finished or partial results stand"
-    )
+    parser.add_argument("--seed", type=natural, default=0, help="everything that is drawn follows from it (default: 0)")
+    parser.add_argument("--overwrite", action="store_true", help="start afresh where finished or partial results stand")
     return parser
 
 
@@ -121,9 +117,7 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="imagenet_mean.binaryproto for the Caffe backbones (default: downloaded)",
     )
-    parser.add_argument(
-        "--cache", type=Path, help="folder of downloads (default: $CNN_VLM_CACHE or ~/.cache/cnn-vlm)"
-    )
+    parser.add_argument("--cache", type=Path, help="folder of downloads (default: $CNN_VLM_CACHE or ~/.cache/cnn-vlm)")
 
 
 def load_backbone(args: argparse.Namespace, name: str, layers: list[str], device: Any) -> tuple[Any, Any]:
@@ -145,6 +139,16 @@ def load_backbone(args: argparse.Namespace, name: str, layers: list[str], device
         )
     print(f"weights: {weights.source}, sha256 {weights.sha256[:16]}", flush=True)
     return backbone.to(device), weights
+
+
+def checkpoint_backbone(path: Path) -> str:
+    """Name of the backbone that a checkpoint reads."""
+    from models.checkpoints import read_tensors
+
+    name = read_tensors(path)[1].get("backbone")
+    if not isinstance(name, str):
+        raise UserError(f"{path} does not say which backbone it reads: give another file")
+    return name
 
 
 def pick_device(name: str):

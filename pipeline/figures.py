@@ -7,6 +7,8 @@ import numpy as np
 
 from pipeline.artefacts import atomic_path
 
+HEAT = "inferno"
+
 
 def new_figure(width: float, height: float) -> Any:
     """A matplotlib figure without a window, sizes in inches."""
@@ -50,3 +52,40 @@ def loss_curves(log: list[list], path: Path) -> None:
         ax.set_axis_off()
     figure.axes[0].legend(fontsize=8)
     save_figure(figure, path)
+
+
+def reconstruction_curves(curves: list[list[dict[str, float]]], path: Path) -> None:
+    """Every term of the reconstruction loss by iteration, a panel per term, a line per restart."""
+    names = list(curves[0][0])
+    figure = new_figure(3.2 * len(names), 2.8)
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for ax, name in zip(axes, names, strict=True):
+        for number, terms in enumerate(curves):
+            ax.plot([t[name] for t in terms], label=f"restart {number}")
+        ax.set_yscale("log")
+        ax.set_title(name)
+        ax.set_xlabel("iteration")
+    if len(curves) > 1:
+        axes[0].legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def picture_row(pictures: dict[str, np.ndarray], path: Path) -> None:
+    """Pictures (H, W, 3) or (H, W) side by side under their titles; one channel is shown as a heat map."""
+    figure = new_figure(3.2 * len(pictures), 3.5)
+    axes = figure.subplots(1, len(pictures), squeeze=False)[0]
+    for ax, (title, picture) in zip(axes, pictures.items(), strict=True):
+        ax.imshow(picture, **({"cmap": HEAT} if picture.ndim == 2 else {}))
+        ax.set_title(title, fontsize=10)
+        ax.set_axis_off()
+    save_figure(figure, path)
+
+
+def overlay(rgb: np.ndarray, saliency: np.ndarray, strength: float = 0.6) -> np.ndarray:
+    """Heat map of a saliency map (H, W) in 0…1 over the greyed photo (H, W, 3) uint8: (H, W, 3) uint8."""
+    from matplotlib import colormaps
+
+    grey = rgb.astype(np.float64).mean(axis=2, keepdims=True).repeat(3, axis=2)  # (H, W, 3)
+    heat = colormaps[HEAT](saliency)[:, :, :3] * 255
+    opacity = strength * (0.35 + 0.65 * saliency[:, :, None])
+    return (grey * (1 - opacity) + heat * opacity + 0.5).clip(0, 255).astype(np.uint8)

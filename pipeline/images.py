@@ -88,3 +88,10 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(buffer, format="PNG")
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
+
+
+def fit_square(rgb: np.ndarray, size: int) -> np.ndarray:
+    """The central square of (H, W, 3) uint8, resized to (size, size, 3); unchanged where it has that size."""
+    if rgb.shape[:2] == (size, size):
+        return rgb
+    return np.asarray(ImageOps.fit(Image.fromarray(rgb), (size, size), Image.Resampling.BICUBIC))

@@ -124,9 +124,7 @@ def _mark_duplicates(entries: list[Entry]) -> list[Entry]:
     marked = []
     for entry, following in zip(entries, [*entries[1:], None], strict=True):
         again = following is not None and following.name == entry.name and following.path == entry.path
-        marked.append(
-            Entry(entry.name, entry.path, problem="is overwritten by a later member") if again else entry
-        )
+        marked.append(Entry(entry.name, entry.path, problem="is overwritten by a later member") if again else entry)
     return marked
 
 
@@ -207,9 +205,7 @@ def _tar_members(file: BinaryIO, path: Path, prefix: str, start: int, size: int,
                 else:
                     yield Entry(name, path, offset, member.size)
     except tarfile.TarError as error:
-        yield Entry(
-            f"{prefix or path.name}", path, problem=f"is a damaged tar ({error}); members after it are lost"
-        )
+        yield Entry(f"{prefix or path.name}", path, problem=f"is a damaged tar ({error}); members after it are lost")
 
 
 class _Window(io.RawIOBase):
@@ -228,9 +224,7 @@ class _Window(io.RawIOBase):
         return self.position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.position = max(
-            0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
-        )
+        self.position = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence])
         return self.position
 
     def read(self, count: int = -1) -> bytes:
@@ -257,9 +251,7 @@ def sample_photos() -> list[Path]:
 
 def _sample_crops(count: int, seed: int) -> list[Crop]:
     photos = sample_photos()
-    crops = [
-        Crop(f"{photos[i % len(photos)].stem}-{i:05d}", photos[i % len(photos)], seed, i) for i in range(count)
-    ]
+    crops = [Crop(f"{photos[i % len(photos)].stem}-{i:05d}", photos[i % len(photos)], seed, i) for i in range(count)]
     return sorted(crops, key=lambda crop: crop.name)
 
 

@@ -1,0 +1,95 @@
+"""The objective of reconstruction: match a CNN feature, stay natural."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from models.backbones import Architecture, Backbone
+from models.errors import UserError
+from models.vlm import VisualLanguageModel
+
+REGULARIZERS = ("vlm", "none")
+
+
+def default_layer_weights(architecture: Architecture) -> dict[str, float]:
+    """λ of each layer's language-model loss: 1, 0.1, … 0.0001 from the first convolution on; `data` has none.
+
+    The paper's code gives these for AlexNet; for VGG they are carried over by depth.
+    """
+    return {layer: 10.0**-depth for depth, layer in enumerate(architecture.vlm_layers[1:])}
+
+
+def feature_loss(feature: Tensor, target: Tensor, std: Tensor) -> Tensor:
+    """mean(((φ(x) - φ₀)/σ)²), σ per unit or per channel (C,) of features (N, C) or (N, C, H, W)."""
+    sigma = std.view(-1, *[1] * (feature.ndim - 2))
+    return ((feature - target) / sigma).square().mean()
+
+
+class ReconstructionLoss:
+    """λ₁ · feature_loss + λ₂ · Σ_l λ_l · loss_l, a function of the image.
+
+    Args:
+        tap, target: which feature of the backbone, and its value (1, C) or (1, C, H, W).
+        std: σ of the tap over the training images, (C,).
+        vlm: language models as regulariser, frozen; None for no regulariser.
+        layer_weights: λ_l of the layers to regularise, of which those in `vlm` count.
+
+    Raises:
+        UserError: the target does not have the tap's shape, or no weighted layer has a language model.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tap: str,
+        target: Tensor,
+        std: Tensor,
+        vlm: VisualLanguageModel | None,
+        *,
+        feature_weight: float = 1.0,
+        vlm_weight: float = 10.0,
+        layer_weights: Mapping[str, float] | None = None,
+    ):
+        weights = default_layer_weights(backbone.architecture) if layer_weights is None else layer_weights
+        there = set(vlm.layers) if vlm is not None else set()
+        self.layer_weights = {layer: weight for layer, weight in weights.items() if layer in there}
+        if vlm is not None and not self.layer_weights:
+            raise UserError(
+                f"the language model has only {', '.join(vlm.layers)}, none of which is weighted: train another layer"
+            )
+        if target.shape[1] != len(std):
+            raise UserError(f"the target has {target.shape[1]} channels, {tap} has {len(std)}: give a feature of {tap}")
+        self.backbone, self.tap, self.target, self.std, self.vlm = backbone, tap, target, std, vlm
+        self.feature_weight, self.vlm_weight = feature_weight, vlm_weight
+
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Terms for mean-subtracted pixels (1, 3, H, W) in 0-255 units.
+
+        Returns:
+            `total` (what is minimised), `feature`, and `<layer>` for the unweighted loss of each language model.
+        """
+        taps = list(dict.fromkeys([*self.layer_weights, self.tap]))
+        features = self.backbone(self.backbone.from_pixels(pixels), taps)
+        if features[self.tap].shape != self.target.shape:
+            raise UserError(
+                f"the target is {tuple(self.target.shape)}, {self.tap} of this image is "
+                f"{tuple(features[self.tap].shape)}: give a feature of {self.backbone.architecture.name}"
+            )
+        terms = {"feature": feature_loss(features[self.tap], self.target, self.std)}
+        total = self.feature_weight * terms["feature"]
+        if self.vlm is not None:
+            losses = self.vlm.losses({layer: features[layer] for layer in self.layer_weights})
+            total = total + self.vlm_weight * sum(w * losses[layer] for layer, w in self.layer_weights.items())
+            terms |= losses
+        return {"total": total, **terms}
+
+
+def initial_pixels(backbone: Backbone, mean: Tensor, std: Tensor, size: tuple[int, int], seed: int) -> Tensor:
+    """Gaussian noise (1, 3, H, W) with the statistics of the `data` layer, as mean-subtracted pixels.
+
+    differs from the original: the noise is seeded.
+    """
+    noise = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(seed))
+    x = noise * std.cpu()[:, None, None] + mean.cpu()[:, None, None]
+    return backbone.to_pixels(x.to(backbone.device))

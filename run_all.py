@@ -1,0 +1,158 @@
+"""All stages in order, or a range of them, for a preset.
+
+In:  --source, as for prepare_images.py (preset demo: sample photos); for stages 4 and 5 --image, a photo.
+Out: a workspace folder --root (default: out/<preset>) with every artefact and figure.
+
+Before each stage the equivalent single command is printed; it works by hand.
+
+    python run_all.py
+    python run_all.py --preset vgg16 --source ILSVRC2012_img_val.tar --from 1 --to 3
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from models.errors import UserError
+from pipeline import artefacts, cli
+from pipeline.presets import PRESETS
+
+STAGES = ("prepare_images", "extract_features", "train_vlm", "reconstruct", "saliency")
+STAGE_NUMBERS = {str(number): name for number, name in enumerate(STAGES, start=1)} | {name: name for name in STAGES}
+
+
+def stage_name(text: str) -> str:
+    """argparse type: a stage by number or name."""
+    name = STAGE_NUMBERS.get(text.removesuffix(".py"))
+    if name is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no stage: give 1-5 or one of {', '.join(STAGES)}")
+    return name
+
+
+def stage_commands(args: argparse.Namespace) -> dict[str, list[list[str]]]:
+    """The argument lists that each stage is called with, in order."""
+    common = ["--preset", args.preset, "--root", str(args.root), "--device", args.device, "--seed", str(args.seed)]
+    if args.overwrite:
+        common.append("--overwrite")
+    weights = ["--weights", args.weights]
+    weights += ["--mean-image", str(args.mean_image)] if args.mean_image else []
+    weights += ["--cache", str(args.cache)] if args.cache else []
+    image = str(args.image or sample_image())
+    prepare = ["--source", args.source] if args.source else []
+    prepare += ["--num-images", str(args.num_images)] if args.num_images else []
+    layers = ["--layers", *args.layers] if args.layers else []
+    train = ["--iterations", str(args.iterations)] if args.iterations else []
+    rebuild = ["--iterations", str(args.reconstruction_iterations)] if args.reconstruction_iterations else []
+    return {
+        "prepare_images": [[*common, *prepare]],
+        "extract_features": [[*common, *weights, *layers]],
+        "train_vlm": [[*common, *layers, *train]],
+        "reconstruct": [[image, *common, *weights, *rebuild, "--regularizer", name] for name in ("vlm", "none")],
+        "saliency": [[image, *common, *weights]],
+    }
+
+
+def sample_image() -> Path:
+    """The photo that stages 4 and 5 show when none is given."""
+    from pipeline.sources import sample_photos
+
+    return sample_photos()[0]
+
+
+def run_stage(name: str, argv: list[str]) -> None:
+    """Call one stage's main in this process."""
+    import importlib
+
+    print(f"\n$ python {name}.py {shlex.join(argv)}", flush=True)
+    if importlib.import_module(name).main(argv):
+        raise UserError(f"{name}.py failed: see the lines above")
+
+
+def print_plan(args: argparse.Namespace) -> None:
+    """Every stage's command and every value of the preset with its source."""
+    commands = stage_commands(args)
+    for stage, settings in PRESETS[args.preset].items():
+        if stage not in STAGES:
+            continue
+        print(f"\n{stage}.py")
+        for argv in commands[stage]:
+            print(f"  $ python {stage}.py {shlex.join(argv)}")
+        for key, setting in settings.items():
+            print(f"    {key:<22} {setting.value!s:<28} {setting.source}")
+
+
+def figure(args: argparse.Namespace) -> Path:
+    """figures/summary.png: the image, both reconstructions and the saliency map."""
+    import numpy as np
+
+    from pipeline.figures import picture_row
+    from pipeline.images import read_rgb
+
+    image = args.image or sample_image()
+    target = PRESETS[args.preset]["reconstruct"]["target"].value
+    pictures = {"image": read_rgb(image)}
+    for regularizer, title in (("vlm", "with language model"), ("none", "without")):
+        folder = args.root / "reconstructions" / f"{image.stem}-{target}-{regularizer}"
+        if (folder / "reconstruction.png").is_file():
+            pictures[f"{target} {title}"] = read_rgb(folder / "reconstruction.png")
+    saliency = args.root / "saliency" / f"{image.stem}.npy"
+    if saliency.is_file():
+        pictures["saliency"] = np.load(saliency, allow_pickle=False).astype(np.float32)
+        pictures["overlay"] = read_rgb(saliency.with_name(f"{image.stem}-overlay.png"))
+    path = args.root / "figures" / "summary.png"
+    picture_row(pictures, path)
+    return path
+
+
+def get_parser() -> cli.Parser:
+    """Options of this script."""
+    parser = cli.stage_parser(__doc__)
+    parser.set_defaults(preset="demo")
+    cli.add_weights_options(parser)
+    parser.add_argument("--source", help="training images, as for prepare_images.py (preset demo: sample photos)")
+    parser.add_argument("--num-images", type=cli.positive, help="a random subset of the source")
+    parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to extract and train (default: six)")
+    parser.add_argument("--iterations", type=cli.positive, help="training updates (default: the preset's)")
+    parser.add_argument("--reconstruction-iterations", type=cli.positive, help="(default: the preset's)")
+    parser.add_argument("--image", type=Path, help="photo for stages 4 and 5 (default: a sample photo)")
+    parser.add_argument(
+        "--from", dest="first", type=stage_name, default="prepare_images", help="first stage, 1-5 or name"
+    )
+    parser.add_argument("--to", dest="last", type=stage_name, default="saliency", help="last stage, 1-5 or name")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan with every value and its source, do nothing"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the stages."""
+    args = get_parser().parse_args(argv)
+    args.root = args.root or Path("out") / args.preset
+    chosen = STAGES[STAGES.index(args.first) : STAGES.index(args.last) + 1]
+    if not chosen:
+        raise UserError(f"--from {args.first} comes after --to {args.last}: exchange them")
+    if args.image is not None and not args.image.is_file():
+        raise UserError(f"{args.image} does not exist: give a photo with --image")
+    if args.dry_run:
+        print_plan(args)
+        return
+    if "prepare_images" in chosen and args.source is None and args.preset != "demo":
+        raise UserError(f"--source is missing: preset {args.preset} trains on your images (or use --preset demo)")
+    started = time.monotonic()
+    commands = stage_commands(args)
+    for stage in chosen:
+        stage_started = time.monotonic()
+        for stage_argv in commands[stage]:
+            run_stage(stage, stage_argv)
+        print(f"{stage}: {time.monotonic() - stage_started:.0f} s", flush=True)
+    if "saliency" in chosen:
+        print(f"\n{figure(args)} shows the results")
+    size = sum(p.stat().st_size for p in args.root.rglob("*") if p.is_file())
+    print(f"{args.root}: {artefacts.format_bytes(size)}, {time.monotonic() - started:.0f} s in all")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,159 @@
+"""Stage 5: images -> unnaturalness and saliency maps.
+
+In:  images of any size, or folders of them; ROOT/vlm.safetensors, of stage 3.
+Out: per image OUT/<name>.npy, the saliency map (H, W) in 0…1 of the image's size (float32; uint8 with --postprocess
+     original), OUT/<name>.png, OUT/<name>-overlay.png, and OUT/<name>-unnaturalness.npy, the map (h-1, w-1) of the
+     layer before post-processing, float64.
+
+    python saliency.py photo.jpg photos/ --preset vgg16 --layer conv5_3
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from models.errors import UserError
+from pipeline import artefacts, cli
+
+if TYPE_CHECKING:
+    from models.backbones import Backbone
+    from models.vlm import VisualLanguageModel
+
+
+def unnaturalness_map(backbone: "Backbone", vlm: "VisualLanguageModel", rgb: np.ndarray, layer: str) -> np.ndarray:
+    """Map (h-1, w-1) float64 of one layer for an image (H, W, 3) uint8 at its own size.
+
+    Raises:
+        UserError: the image is too small for the layer.
+    """
+    import torch
+
+    backbone.architecture.check_size(layer, *rgb.shape[:2], grid=3)
+    x = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)[None].float().to(backbone.device)  # (1, 3, H, W)
+    with torch.no_grad():
+        features = backbone(backbone.preprocess(x), [layer])
+        return vlm.unnaturalness_maps(features)[layer][0].cpu().double().numpy()
+
+
+def list_inputs(paths: list[str]) -> dict[str, Path]:
+    """Image files by output name; a folder stands for all files right inside it that Pillow may open.
+
+    Raises:
+        UserError: nothing there.
+    """
+    from PIL import Image
+
+    extensions = Image.registered_extensions()
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files += sorted(p for p in path.iterdir() if p.suffix.lower() in extensions and p.is_file())
+        else:
+            files.append(path)
+    if not files:
+        raise UserError(f"{', '.join(paths)} holds no images: give image files or a folder of them")
+    stems = [file.stem for file in files]
+    names = [file.stem if stems.count(file.stem) == 1 else file.name for file in files]
+    return {
+        name if names.count(name) == 1 else f"{file.parent.name}-{file.name}": file
+        for name, file in zip(names, files, strict=True)
+    }
+
+
+def write_maps(out: Path, name: str, rgb: np.ndarray, raw: np.ndarray, saliency: np.ndarray, facts: dict) -> None:
+    """All files of one image; the sidecar of the saliency map comes last."""
+    from pipeline.figures import overlay
+    from pipeline.images import write_png
+
+    unit = saliency / 255 if saliency.dtype == np.uint8 else saliency
+    artefacts.write_array(out / f"{name}-unnaturalness.npy", raw)
+    write_png(out / f"{name}.png", (unit * 255).astype(np.uint8))
+    write_png(out / f"{name}-overlay.png", overlay(rgb, unit))
+    stored = saliency if saliency.dtype == np.uint8 else saliency.astype(np.float32)
+    artefacts.write_array(out / f"{name}.npy", stored)
+    described = {"shape": list(stored.shape), "dtype": str(stored.dtype), **facts, "versions": cli.versions()}
+    artefacts.write_json(artefacts.sidecar_path(out / f"{name}.npy"), described)
+
+
+def get_parser() -> cli.Parser:
+    """Options of this stage."""
+    parser = cli.stage_parser(__doc__)
+    cli.add_weights_options(parser)
+    parser.add_argument("inputs", nargs="+", metavar="IMAGE|FOLDER", help="images of any size, or folders of them")
+    parser.add_argument("--vlm", type=Path, help="checkpoint (default: ROOT/vlm.safetensors)")
+    parser.add_argument(
+        "--layer", help="layer whose map is used (default: the deepest trained; paper: conv5_4 of VGG-19)"
+    )
+    parser.add_argument("--max-side", type=cli.positive, help="shrink larger images to this side, to save memory")
+    parser.add_argument("--power", type=cli.positive_number, default=0.5, help="of the map (original code: 0.5)")
+    parser.add_argument("--blur", type=cli.fraction, default=0.03, help="of the image's sides (original code: 0.03)")
+    parser.add_argument(
+        "--postprocess",
+        choices=("float", "original"),
+        default="float",
+        help="original rounds to 256 levels on the way, as the paper's code did",
+    )
+    parser.add_argument("--out", type=Path, help="folder (default: ROOT/saliency)")
+    return parser
+
+
+def process(
+    args, name: str, path: Path, backbone: "Backbone", vlm: "VisualLanguageModel", out: Path, facts: dict
+) -> str:
+    """One image from file to maps; returns what was done."""
+    from models.saliency import postprocess, postprocess_original
+    from pipeline.images import limit_side, read_rgb
+
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give an image file")
+    facts = {**facts, "input_sha256": artefacts.file_sha256(path)}
+    if artefacts.is_finished(out / f"{name}.npy", facts, args.overwrite):
+        return "finished before"
+    rgb = limit_side(read_rgb(path), args.max_side)
+    raw = unnaturalness_map(backbone, vlm, rgb, args.layer)
+    finish = postprocess_original if args.postprocess == "original" else postprocess
+    stride = backbone.architecture.stride(args.layer)
+    saliency = finish(raw, *rgb.shape[:2], stride, args.power, args.blur)
+    write_maps(out, name, rgb, raw, saliency, facts)
+    return f"{rgb.shape[1]}×{rgb.shape[0]}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the stage; 2 if any image could not be read."""
+    from models.checkpoints import load_vlm
+
+    args = cli.parse_args(get_parser(), argv, "saliency")
+    files = list_inputs(args.inputs)
+    checkpoint = args.vlm or args.root / "vlm.safetensors"
+    vlm, configuration = load_vlm(checkpoint)
+    args.layer = args.layer or list(vlm.layers)[-1]
+    if args.layer not in vlm.layers:
+        raise UserError(f"{checkpoint} has no layer {args.layer!r}: choose from {', '.join(vlm.layers)}")
+    device = cli.pick_device(args.device)
+    cli.announce(args, device)
+    backbone, weights = cli.load_backbone(args, configuration["backbone"], [args.layer], device)
+    vlm = vlm.freeze().to(device)
+    out = args.out or args.root / "saliency"
+    facts = {
+        "stage": "saliency",
+        "backbone": configuration["backbone"],
+        "weights_sha256": weights.sha256,
+        "vlm_sha256": artefacts.file_sha256(checkpoint),
+        **{key: getattr(args, key) for key in ("layer", "max_side", "power", "blur", "postprocess")},
+    }
+    failed = 0
+    with cli.Progress(len(files), "saliency", "images") as progress:
+        for name, path in files.items():
+            try:
+                progress.update(note=f"{name} {process(args, name, path, backbone, vlm, out, facts)}")
+            except UserError as error:
+                failed += 1
+                print(f"saliency.py: {error}", file=sys.stderr)
+    print(f"{out}: {len(files) - failed} saliency maps of {args.layer}" + (f", {failed} failed" if failed else ""))
+    return 2 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
