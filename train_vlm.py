@@ -244,7 +244,13 @@ class Run:
         self.merge()
 
     def merge(self) -> None:
-        """Put this run's layers into the workspace's checkpoint, beside the layers of other runs."""
+        """Put this run's layers into the workspace's checkpoint, beside the layers of other runs, also of present ones."""
+        from filelock import FileLock
+
+        with FileLock(self.root / "train_state" / "merge.lock"):
+            self._merge()
+
+    def _merge(self) -> None:
         from models.checkpoints import merge_layers, read_tensors, vlm_tensors, write_tensors
         from pipeline.figures import loss_curves
 
@@ -254,8 +260,7 @@ class Run:
             if noted.get("projection_sha256") == configuration["projection_sha256"]:
                 tensors = merge_layers(earlier, tensors, self.names)
                 configuration["training"] = noted["training"] | configuration["training"]
-        order = [n for n in configuration["all_layers"] if n in configuration["training"]]
-        configuration["layers"] = order
+        configuration["layers"] = [n for n in configuration["all_layers"] if n in configuration["training"]]
         with artefacts.atomic_path(self.out) as temporary:
             write_tensors(temporary, tensors, configuration)
         artefacts.write_json(artefacts.sidecar_path(self.out), {**configuration, "versions": cli.versions()})
@@ -265,7 +270,7 @@ class Run:
     def describe(self) -> artefacts.Facts:
         """Configuration of the checkpoint with the training facts of this run's layers."""
         last = {line[0]: dict(zip(LOG_COLUMNS, line, strict=True)) for line in self.log}
-        facts = {k: v for k, v in self.facts.items()} | {"iterations_done": self.iteration}
+        facts = self.facts | {"iterations_done": self.iteration}
         training = {name: {**facts, "losses": last.get(name)} for name in self.names}
         return {**self.configuration, "training": training}
 
