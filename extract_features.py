@@ -37,7 +37,7 @@ def network_batches(images: np.ndarray, backbone: "Backbone", size: int, first: 
     """Batches of network input from stored images (N, 256, 256, 3), from image `first` on.
 
     Yields:
-        the index of the first image and the input (B, 3, S, S), S the backbone's crop. The mean is subtracted
+        the index of the first image and the input (B, 3, h, w), cropped to the backbone's size. The mean is subtracted
         before the crop, so a mean image of 256 × 256 is subtracted per pixel.
     """
     import torch
@@ -48,7 +48,7 @@ def network_batches(images: np.ndarray, backbone: "Backbone", size: int, first: 
     for start in range(first, len(images), size):
         batch = torch.from_numpy(np.array(images[start : start + size])).to(backbone.device)
         batch = batch.permute(0, 3, 1, 2).float()  # (B, 3, 256, 256)
-        yield start, centre_crop(backbone.preprocess(batch), crop, crop)
+        yield start, centre_crop(backbone.preprocess(batch), *crop)
 
 
 @dataclass
@@ -182,8 +182,7 @@ def write_features(
 
     architecture = backbone.architecture
     shapes = {
-        layer: (len(images), *architecture.grid(layer, architecture.crop, architecture.crop), p.size)
-        for layer, p in projections.items()
+        layer: (len(images), *architecture.grid(layer, *architecture.crop), p.size) for layer, p in projections.items()
     }
     sizes = {layer: int(np.prod(shape)) * np.dtype(dtype).itemsize for layer, shape in shapes.items()}
     for layer, shape in shapes.items():

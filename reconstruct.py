@@ -10,6 +10,7 @@ Out: OUT/reconstruction.png and .npy (H, W, 3) float32 RGB, of the best restart;
 
 import csv
 import io
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -107,7 +108,7 @@ class Restart:
         if not self.state.is_file():
             return
         tensors, noted = read_tensors(self.state)
-        if noted.get("facts") != artefacts.json.loads(artefacts.json.dumps(self.facts)):
+        if noted.get("facts") != json.loads(json.dumps(self.facts)):
             return
         with torch.no_grad():
             self.pixels.copy_(tensors["pixels"])
@@ -161,6 +162,11 @@ def get_parser() -> cli.Parser:
     cli.add_weights_options(parser)
     parser.add_argument("input", metavar="IMAGE|FEATURE.npy", help="image to reconstruct, or a stored feature")
     parser.add_argument("--vlm", type=Path, help="checkpoint, also for the statistics (default: ROOT/vlm.safetensors)")
+    parser.add_argument(
+        "--statistics",
+        type=Path,
+        help="projection.safetensors of stage 2 with the mean and std of taps that the checkpoint lacks",
+    )
     parser.add_argument("--target", default="pool5", metavar="TAP", help="feature to invert (paper: fc8 of AlexNet)")
     parser.add_argument("--regularizer", choices=REGULARIZERS, default="vlm", help="none is the control")
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers that regularise (default: all weighted)")
@@ -183,10 +189,10 @@ def get_parser() -> cli.Parser:
 
 
 def read_target(args, backbone: "Backbone", tap: str) -> "tuple[torch.Tensor, np.ndarray | None]":
-    """The feature to invert (1, …) and the image it is of, (S, S, 3) uint8, if it was given as an image."""
+    """The feature to invert (1, …) and the image it is of, (h, w, 3) uint8, if it was given as an image."""
     import torch
 
-    from pipeline.images import fit_square, read_rgb
+    from pipeline.images import fit_to, read_rgb
 
     path = Path(args.input)
     if path.suffix == ".npy":
@@ -200,7 +206,7 @@ def read_target(args, backbone: "Backbone", tap: str) -> "tuple[torch.Tensor, np
         dims = 2 if tap in backbone.architecture.fully_connected else 4
         feature = feature if feature.ndim == dims else feature[None]
         return feature.to(backbone.device), None
-    rgb = fit_square(read_rgb(path), backbone.architecture.crop)
+    rgb = fit_to(read_rgb(path), *backbone.architecture.crop)
     x = torch.from_numpy(rgb.copy()).permute(2, 0, 1)[None].float().to(backbone.device)
     with torch.no_grad():
         return backbone(backbone.preprocess(x), [tap])[tap], rgb
@@ -212,17 +218,20 @@ def build_loss(args, backbone: "Backbone", target: "torch.Tensor") -> "tuple[Rec
     from models.losses import ReconstructionLoss, default_layer_weights
 
     vlm, configuration = load_vlm(args.vlm or args.root / "vlm.safetensors")
+    statistics = vlm.statistics
+    if args.statistics is not None:
+        statistics = read_statistics(args.statistics, backbone.architecture.name) | statistics
     if configuration["backbone"] != backbone.architecture.name:
         raise UserError(
             f"the language model reads {configuration['backbone']}, not {backbone.architecture.name}: "
             "give another --vlm or --backbone"
         )
     for tap in ("data", args.target):
-        if tap not in vlm.statistics:
-            there = ", ".join(sorted(vlm.statistics))
+        if tap not in statistics:
+            there = ", ".join(sorted(statistics))
             raise UserError(
                 f"the checkpoint has no statistics of {tap} (it has {there}): "
-                f"run extract_features.py with --statistics {tap}, then train_vlm.py"
+                f"run extract_features.py --statistics {tap} and give its projection.safetensors with --statistics"
             )
     weights = default_layer_weights(backbone.architecture)
     if args.layers:
@@ -237,13 +246,28 @@ def build_loss(args, backbone: "Backbone", target: "torch.Tensor") -> "tuple[Rec
         backbone,
         args.target,
         target,
-        vlm.statistics[args.target]["std"].to(backbone.device),
+        statistics[args.target]["std"].to(backbone.device),
         vlm.freeze().to(backbone.device) if args.regularizer == "vlm" else None,
         feature_weight=args.feature_weight,
         vlm_weight=args.vlm_weight,
         layer_weights=weights,
     )
-    return loss, vlm.statistics
+    return loss, statistics
+
+
+def read_statistics(path: Path, backbone: str) -> dict[str, dict]:
+    """Mean and std by tap of a projection.safetensors of stage 2."""
+    from models.checkpoints import read_tensors
+
+    tensors, configuration = read_tensors(path)
+    if configuration.get("backbone") != backbone:
+        raise UserError(f"{path} belongs to {configuration.get('backbone')}, not {backbone}: give another --statistics")
+    statistics: dict[str, dict] = {}
+    for name, value in tensors.items():
+        if name.startswith("statistics."):
+            _, tap, key = name.split(".")
+            statistics.setdefault(tap, {})[key] = value
+    return statistics
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -296,11 +320,11 @@ def main(argv: list[str] | None = None) -> None:
     finish(out, restarts, facts)
 
 
-def initial_pixels(backbone: "Backbone", data: dict, crop: int, seed: int) -> "torch.Tensor":
-    """The noise that a descent starts from, (1, 3, crop, crop)."""
+def initial_pixels(backbone: "Backbone", data: dict, crop: tuple[int, int], seed: int) -> "torch.Tensor":
+    """The noise that a descent starts from, (1, 3, h, w)."""
     from models import losses
 
-    return losses.initial_pixels(backbone, data["mean"], data["std"], (crop, crop), seed)
+    return losses.initial_pixels(backbone, data["mean"], data["std"], crop, seed)
 
 
 def save(out: Path, restarts: list[Restart], rgb: np.ndarray | None) -> None:

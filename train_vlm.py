@@ -244,7 +244,7 @@ class Run:
         self.merge()
 
     def merge(self) -> None:
-        """Put this run's layers into the workspace's checkpoint, beside the layers of other runs, also of present ones."""
+        """Put this run's layers into the workspace's checkpoint, beside those of other runs, even concurrent ones."""
         from filelock import FileLock
 
         with FileLock(self.root / "train_state" / "merge.lock"):

@@ -17,7 +17,7 @@ from models.errors import UserError
 IMAGENET_MEAN_RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD_RGB = (0.229, 0.224, 0.225)
 # Channel means of the original's mean image (imagenet_mean.binaryproto of yosinski/convnet_transfer), BGR.
-CAFFE_MEAN_BGR = (103.04678, 115.97374, 122.66865)
+CAFFE_MEAN_BGR = (103.046827, 115.973744, 122.668716)
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,15 @@ Operation = Conv | Linear | ReLU | LocalResponseNorm | MaxPool | AdaptiveAverage
 class Architecture:
     """What defines a backbone besides its weights.
 
-    `vlm_layers` are the taps that language models read. A network input is `(pixels - mean) / scale` with pixels
-    in 0-255 and mean and scale per channel, in the network's own channel order (`bgr` or RGB).
+    `vlm_layers` are the taps that language models read, `crop` the height and width of training images. A network
+    input is `(pixels - mean) / scale` with pixels in 0-255 and mean and scale per channel, in the network's own
+    channel order (`bgr` or RGB).
     """
 
     name: str
     operations: tuple[Operation, ...]
     vlm_layers: tuple[str, ...]
-    crop: int
+    crop: tuple[int, int]
     bgr: bool
     mean: tuple[float, float, float]
     scale: tuple[float, float, float]
@@ -281,11 +282,11 @@ _BRIDGE = (AdaptiveAveragePool("average", 7),)
 ARCHITECTURES: dict[str, Architecture] = {
     a.name: a
     for a in (
-        Architecture("alexnet", _alexnet(), _ALEXNET_LAYERS, crop=227, **_TORCHVISION_INPUT),
-        Architecture("alexnet_caffe", _alexnet_caffe(), _ALEXNET_LAYERS, crop=227, **_CAFFE_INPUT),
-        Architecture("vgg16", _vgg((2, 2, 3, 3, 3), _BRIDGE), _VGG16_LAYERS, crop=224, **_TORCHVISION_INPUT),
-        Architecture("vgg19", _vgg((2, 2, 4, 4, 4), _BRIDGE), _VGG19_LAYERS, crop=224, **_TORCHVISION_INPUT),
-        Architecture("vgg19_caffe", _vgg((2, 2, 4, 4, 4), ()), _VGG19_LAYERS, crop=224, **_CAFFE_INPUT),
+        Architecture("alexnet", _alexnet(), _ALEXNET_LAYERS, crop=(227, 227), **_TORCHVISION_INPUT),
+        Architecture("alexnet_caffe", _alexnet_caffe(), _ALEXNET_LAYERS, crop=(227, 227), **_CAFFE_INPUT),
+        Architecture("vgg16", _vgg((2, 2, 3, 3, 3), _BRIDGE), _VGG16_LAYERS, crop=(224, 224), **_TORCHVISION_INPUT),
+        Architecture("vgg19", _vgg((2, 2, 4, 4, 4), _BRIDGE), _VGG19_LAYERS, crop=(224, 224), **_TORCHVISION_INPUT),
+        Architecture("vgg19_caffe", _vgg((2, 2, 4, 4, 4), ()), _VGG19_LAYERS, crop=(224, 224), **_CAFFE_INPUT),
     )
 }
 
@@ -399,7 +400,7 @@ class Backbone(nn.Module):
                 if x.shape[1] != inputs:
                     raise UserError(
                         f"{name} of {self.architecture.name} reads {inputs} values, this image gives "
-                        f"{x.shape[1]}: give an image of {self.architecture.crop}×{self.architecture.crop} pixels"
+                        f"{x.shape[1]}: give an image of {self.architecture.crop[1]}×{self.architecture.crop[0]} pixels"
                     )
                 return F.linear(x, module.weight, module.bias)
         raise TypeError(f"unknown operation {operation!r}")

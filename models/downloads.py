@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from models.errors import UserError
 
 CHUNK = 1 << 20
 CEILING = 2 << 30  # bytes accepted of a file whose size nobody states
 MAX_REDIRECTS = 5
+MAX_ATTEMPTS = 50  # requests to one mirror, however much each brings
 MINIMUM_RATE = 10_000  # bytes per second below which a server counts as stalling
+PATIENCE = 60.0  # seconds over which that rate is measured
 Progress = Callable[[int, int | None], None]
 
 
@@ -50,6 +52,14 @@ class _Broken(Exception):
     """The connection failed; the same mirror may go on."""
 
 
+class _Dead(_Broken):
+    """There was no connection at all: one more attempt is enough."""
+
+
+class _Slow(_Broken):
+    """The body trickles: what it brought does not speak for the mirror."""
+
+
 def file_hash(path: Path, algorithm: str = "sha256") -> str:
     """Hex digest of a file's bytes, read as a stream."""
     with path.open("rb") as file:
@@ -67,7 +77,10 @@ def cache_folder() -> Path:
 def cached(file: RemoteFile, cache: Path) -> bool:
     """Whether the file lies in the cache, whole and unchanged."""
     path = cache / file.name
-    return path.is_file() and file.mismatch(path) is None
+    try:
+        return path.is_file() and file.mismatch(path) is None
+    except OSError:  # there, but not readable
+        return False
 
 
 def fetch(
@@ -78,29 +91,34 @@ def fetch(
     retries: int = 3,
     timeout: float = 20.0,
     pause: float = 1.0,
+    option: str = "--weights",
 ) -> Path:
     """The path of `file` in `cache`, downloaded if need be.
 
     A partial download is kept as `<name>.part` and resumed. A mirror is left for the next one when it answers with
     an error, when its file is not the right one, or after `retries` broken connections in a row without progress.
+    A second process that wants the same file waits for the first.
 
     Args:
         progress: called with the bytes there and the bytes in all (None where unknown).
         timeout: seconds to wait for a connection, and for each piece of the body.
         pause: seconds before the first retry; doubled each time.
+        option: the command line's way to give the file, for the message of the UserError.
 
     Raises:
         UserError: no mirror gave the file, or the cache cannot be written; says how to go on without a network.
     """
     from filelock import FileLock
 
+    if cached(file, cache):  # before anything is written: the cache may be read-only
+        return cache / file.name
     path = cache / file.name
+    reasons = []
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{file.name}.lock"):
             if cached(file, cache):
                 return path
-            reasons = []
             for url in file.urls:
                 try:
                     _fetch_from(url, file, path, progress or (lambda done, total: None), retries, timeout, pause)
@@ -108,10 +126,13 @@ def fetch(
                 except _Refused as error:
                     reasons.append(f"{urlsplit(url).netloc}: {error}")
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or cache} ({error.strerror}): set --cache FOLDER") from None
+        reason = error.strerror or type(error).__name__
+        raise UserError(
+            f"cannot write {error.filename or cache} ({reason}): make room or choose another folder with --cache FOLDER"
+        ) from None
     raise UserError(
         f"{file.name} could not be downloaded ({'; '.join(reasons)}): get it elsewhere and give it with "
-        f"--weights FILE, or put it at {path}"
+        f"{option} FILE, or put it at {path}"
     )
 
 
@@ -120,36 +141,47 @@ def _fetch_from(
 ) -> None:
     """Download from one mirror; raises _Refused where it is of no use."""
     part = path.with_name(path.name + ".part")
+    inherited = _size(part) > 0  # bytes of an earlier run or of another mirror
     failures = 0
-    while True:
-        before = part.stat().st_size if part.is_file() else 0
+    for _ in range(MAX_ATTEMPTS):
+        before = _size(part)
         try:
             _continue_part(url, file, part, progress, timeout)
-            break
         except _Broken as error:
-            gained = (part.stat().st_size if part.is_file() else 0) > before
-            failures = 1 if gained and failures < 2 * retries else failures + 1
-            if failures > retries:
+            gained = _size(part) > before and not isinstance(error, _Slow)
+            failures = 1 if gained else failures + 1
+            if failures > (min(1, retries) if isinstance(error, _Dead) else retries):
                 raise _Refused(str(error)) from None
             time.sleep(min(pause * 2 ** (failures - 1), 30))
-    if problem := file.mismatch(part):
+            continue
+        problem = file.mismatch(part)
+        if problem is None:
+            with part.open("rb+") as written:
+                os.fsync(written.fileno())
+            part.replace(path)
+            return
         part.unlink()
-        raise _Refused(f"the file there {problem}")
-    with part.open("rb+") as written:
-        os.fsync(written.fileno())
-    part.replace(path)
+        if not inherited:
+            raise _Refused(f"the file there {problem}")
+        inherited = False  # the fault may lie in the bytes from elsewhere: once more from the start
+    raise _Refused(f"it broke off {MAX_ATTEMPTS} times")
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.is_file() else 0
 
 
 def _continue_part(url: str, file: RemoteFile, part: Path, progress: Progress, timeout: float) -> None:
     """Append to `part` what it lacks, in one request."""
     import requests
+    import urllib3
 
-    have = part.stat().st_size if part.is_file() else 0
-    if file.size is not None and have >= file.size:
-        if have == file.size:
-            return
+    have = _size(part)
+    if file.size is not None and have > file.size:
         part.unlink()
         have = 0
+    if have and have == file.size:
+        return
     try:
         with _open(url, have, timeout) as response:
             if response.status_code == 416 and have:  # nothing left to send: the part is whole, or of another file
@@ -157,33 +189,53 @@ def _continue_part(url: str, file: RemoteFile, part: Path, progress: Progress, t
                     part.unlink()
                     raise _Broken("it refused to resume")
                 return
-            if response.status_code >= 500 or response.status_code == 429:
-                raise _Broken(f"it answered {response.status_code}")
-            if response.status_code not in (200, 206):
-                raise _Refused(f"it answered {response.status_code}")
-            resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(
-                f"bytes {have}-"
-            )
-            if response.status_code == 206 and not resumed:
-                part.unlink(missing_ok=True)
-                raise _Broken("it sent another range than asked for")
-            have = have if resumed else 0
-            length = response.headers.get("Content-Length", "")
-            total = have + int(length) if length.isdigit() else file.size
-            _append(response, part, have, file, total, progress)
-            if total is not None and part.stat().st_size < total:
+            have, total = _announced(response, have, file, part)
+            _append(response, part, have, total, file, progress)
+            if total is not None and _size(part) < total:
                 raise _Broken("it sent less than it announced")
-    except requests.RequestException as error:
-        reason = "no connection" if isinstance(error, requests.ConnectionError) else type(error).__name__
-        raise _Broken(reason) from None
+    except requests.ConnectionError as error:  # its ConnectTimeout included
+        if error.args and isinstance(error.args[0], urllib3.exceptions.ProtocolError):
+            raise _Broken("it broke off") from None
+        raise _Dead("no connection") from None
+    except (requests.Timeout, urllib3.exceptions.TimeoutError):
+        raise _Broken("it timed out") from None
+    except urllib3.exceptions.HTTPError:
+        raise _Broken("it broke off") from None
+    except (requests.RequestException, UnicodeError) as error:  # no valid address or answer
+        raise _Refused(f"no usable answer ({type(error).__name__})") from None
 
 
-def _append(response, part: Path, have: int, file: RemoteFile, total: int | None, progress: Progress) -> None:
+def _announced(response, have: int, file: RemoteFile, part: Path) -> tuple[int, int | None]:
+    """Where the body of this answer starts, and the size of the whole file (None where unknown).
+
+    Raises:
+        _Refused, _Broken: an answer without the file, of another size, or of another range than asked for.
+    """
+    status = response.status_code
+    if status >= 500 or status == 429:
+        raise _Broken(f"it answered {status}")
+    if status not in (200, 206):
+        raise _Refused(f"it answered {status}")
+    if status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+        part.unlink(missing_ok=True)
+        raise _Broken("it sent another range than asked for")
+    start = have if status == 206 else 0
+    length = response.headers.get("Content-Length", "")
+    total = start + int(length) if length.isdigit() else file.size
+    if total is not None and file.size is not None and total != file.size and not start:
+        raise _Refused(f"its file has {total} bytes instead of {file.size}")
+    if total is not None and total > CEILING:
+        raise _Refused(f"its file has {total} bytes")
+    return start, total
+
+
+def _append(response, part: Path, have: int, total: int | None, file: RemoteFile, progress: Progress) -> None:
     """Write the body behind the first `have` bytes, at most to the size the file may have."""
     ceiling = file.size if file.size is not None else CEILING
     started, first = time.monotonic(), have
     with part.open("ab" if have else "wb") as out:
-        for chunk in response.iter_content(CHUNK if total is None or total > CHUNK else 1 << 14):
+        # read1 gives what has come: neither a stall nor a trickle holds back bytes or the clock
+        while chunk := response.raw.read1(CHUNK, decode_content=False):
             if have + len(chunk) > ceiling:
                 out.close()
                 part.unlink()
@@ -192,8 +244,8 @@ def _append(response, part: Path, have: int, file: RemoteFile, total: int | None
             have += len(chunk)
             progress(have, total)
             seconds = time.monotonic() - started
-            if seconds > 60 and (have - first) / seconds < MINIMUM_RATE:
-                raise _Broken("it stalls")
+            if seconds > PATIENCE and (have - first) / seconds < MINIMUM_RATE:
+                raise _Slow("it stalls")
 
 
 def _open(url: str, have: int, timeout: float):
@@ -203,13 +255,15 @@ def _open(url: str, have: int, timeout: float):
     headers = {"Accept-Encoding": "identity", "User-Agent": "cnn-vlm"}
     if have:
         headers["Range"] = f"bytes={have}-"
-    session = requests.Session()
     for _ in range(MAX_REDIRECTS + 1):
-        response = session.get(url, headers=headers, stream=True, timeout=timeout, allow_redirects=False)
+        response = requests.get(url, headers=headers, stream=True, timeout=timeout, allow_redirects=False)
         if not response.is_redirect:
             return response
-        target = requests.compat.urljoin(url, response.headers["Location"])
         response.close()
+        try:
+            target = urljoin(url, response.headers["Location"])
+        except ValueError:
+            raise _Refused("it redirects to no valid address") from None
         scheme = urlsplit(target).scheme
         if scheme not in ("http", "https") or (urlsplit(url).scheme == "https" and scheme == "http"):
             raise _Refused(f"it redirects to {scheme}:")

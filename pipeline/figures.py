@@ -72,12 +72,21 @@ def reconstruction_curves(curves: list[list[dict[str, float]]], path: Path) -> N
 
 def picture_row(pictures: dict[str, np.ndarray], path: Path) -> None:
     """Pictures (H, W, 3) or (H, W) side by side under their titles; one channel is shown as a heat map."""
-    figure = new_figure(3.2 * len(pictures), 3.5)
-    axes = figure.subplots(1, len(pictures), squeeze=False)[0]
-    for ax, (title, picture) in zip(axes, pictures.items(), strict=True):
-        ax.imshow(picture, **({"cmap": HEAT} if picture.ndim == 2 else {}))
-        ax.set_title(title, fontsize=10)
-        ax.set_axis_off()
+    picture_grid([pictures], path)
+
+
+def picture_grid(rows: list[dict[str, np.ndarray]], path: Path) -> None:
+    """Rows of pictures under their titles, every row as wide as the widest; see `picture_row`."""
+    widest = max(len(row) for row in rows)
+    heights = [3.2 * widest / len(row) + 0.4 for row in rows]
+    figure = new_figure(3.2 * widest, sum(heights))
+    parts = np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=heights))
+    for part, row in zip(parts, rows, strict=True):
+        axes = part.subplots(1, len(row), squeeze=False)[0]
+        for ax, (title, picture) in zip(axes, row.items(), strict=True):
+            ax.imshow(picture, **({"cmap": HEAT} if picture.ndim == 2 else {}))
+            ax.set_title(title, fontsize=10)
+            ax.set_axis_off()
     save_figure(figure, path)
 
 

@@ -90,8 +90,11 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
         temporary.write_bytes(buffer.getvalue())
 
 
-def fit_square(rgb: np.ndarray, size: int) -> np.ndarray:
-    """The central square of (H, W, 3) uint8, resized to (size, size, 3); unchanged where it has that size."""
-    if rgb.shape[:2] == (size, size):
+def fit_to(rgb: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The central part of (H, W, 3) uint8 with the right aspect ratio, resized to (height, width, 3).
+
+    Unchanged where the image has that size already.
+    """
+    if rgb.shape[:2] == (height, width):
         return rgb
-    return np.asarray(ImageOps.fit(Image.fromarray(rgb), (size, size), Image.Resampling.BICUBIC))
+    return np.asarray(ImageOps.fit(Image.fromarray(rgb), (width, height), Image.Resampling.BICUBIC))
