@@ -122,9 +122,9 @@ def process(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the stage; 2 if any image could not be read."""
+    args = cli.parse_args(get_parser(), argv, "saliency")
     from models.checkpoints import load_vlm
 
-    args = cli.parse_args(get_parser(), argv, "saliency")
     files = list_inputs(args.inputs)
     checkpoint = args.vlm or args.root / "vlm.safetensors"
     vlm, configuration = load_vlm(checkpoint)

@@ -269,7 +269,7 @@ class Run:
 
     def describe(self) -> artefacts.Facts:
         """Configuration of the checkpoint with the training facts of this run's layers."""
-        last = {line[0]: dict(zip(LOG_COLUMNS, line, strict=True)) for line in self.log}
+        last = {line[0]: dict(zip(LOG_COLUMNS[:-1], line, strict=False)) for line in self.log}  # without the speed
         facts = self.facts | {"iterations_done": self.iteration}
         training = {name: {**facts, "losses": last.get(name)} for name in self.names}
         return {**self.configuration, "training": training}

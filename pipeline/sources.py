@@ -88,6 +88,8 @@ class Crop:
 def list_images(source: str, num_images: int | None, seed: int) -> list[Entry] | list[Crop]:
     """All images of a source sorted by name, or a reproducible subset of `num_images`, still sorted.
 
+    Where there are fewer, all are taken.
+
     Args:
         source: path of a folder, tar or list file, or `samples`.
 
@@ -111,9 +113,7 @@ def list_images(source: str, num_images: int | None, seed: int) -> list[Entry] |
     if not entries:
         raise UserError(f"{source} holds no files: {EXPECTED}")
     entries = _mark_duplicates(sorted(entries, key=lambda e: (e.name, e.offset)))
-    if num_images is not None and num_images > len(entries):
-        raise UserError(f"{source} holds {len(entries)} files, --num-images asks for {num_images}: ask for fewer")
-    if num_images is not None:
+    if num_images is not None and num_images < len(entries):
         chosen = np.random.default_rng(seed_for(seed, "subset")).choice(len(entries), num_images, replace=False)
         entries = [entries[i] for i in sorted(chosen)]
     return entries

@@ -1,0 +1,349 @@
+"""Every script run for seconds, killed, resumed, rerun, and fed mistakes."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import extract_features
+import prepare_images
+import reconstruct
+import run_all
+import run_pretrained_model
+import saliency
+import train_vlm
+from models.checkpoints import load_vlm, read_tensors
+from models.errors import UserError
+from pipeline import cli
+from tests.conftest import RUN, make_photo
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(p.name for p in ROOT.glob("*.py"))
+
+
+def call(script: str, *arguments: object, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def files_without_times(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_needs_no_torch(script: str, tmp_path: Path) -> None:
+    """--help must answer at once: an importable but poisonous torch shows that nothing imports it."""
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    result = call(script, "--help", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout
+
+
+def test_artefacts_of_the_first_stages(workspace: Path) -> None:
+    images = np.load(workspace / "images.npy")
+    assert images.shape == (10, 256, 256, 3) and images.dtype == np.uint8
+    facts = json.loads((workspace / "images.npy.json").read_text())
+    assert facts["names"] == sorted(facts["names"]) and len(facts["names"]) == 10
+    for layer, size in (("conv4", 128), ("conv5", 128)):
+        features = np.load(workspace / "features" / f"{layer}.npy")
+        assert features.shape == (10, 13, 13, size) and features.dtype == np.float32
+        assert (workspace / "features" / f"{layer}.npy.json").is_file()
+    vlm, configuration = load_vlm(workspace / "vlm.safetensors")
+    assert list(vlm.layers) == configuration["layers"] == ["conv4", "conv5"]
+    assert {"data", "pool5", "fc8", "conv5"} <= vlm.statistics.keys()
+    assert configuration["training"]["conv5"]["iterations_done"] == 4
+    with (workspace / "log.csv").open() as file:
+        assert {row["layer"] for row in csv.DictReader(file)} == {"conv4", "conv5"}
+    assert (workspace / "figures" / "loss.png").is_file()
+    assert not list(workspace.rglob("*.partial")) and not list(workspace.rglob("*.progress"))
+
+
+def test_projected_features_are_standardised_components(workspace: Path) -> None:
+    features = np.load(workspace / "features" / "conv5.npy").reshape(-1, 128)
+    assert np.abs(features.mean(axis=0)).max() < 0.3
+    variance = features.var(axis=0)
+    assert variance[0] > variance[20] > variance[100] > 0
+
+
+def test_rerun_does_nothing(workspace: Path, photos: Path, capsys: pytest.CaptureFixture) -> None:
+    before = files_without_times(workspace)
+    common = [*RUN, "--root", str(workspace)]
+    prepare_images.main([*common, "--source", str(photos), "--num-images", "10"])
+    features = [*common, "--weights", "random", "--layers", "conv4", "conv5"]
+    extract_features.main([*features, "--pca-positions", "400", "--batch-size", "4"])
+    train_vlm.main([*common, "--iterations", "4", "--checkpoint-every", "2", "--batch-size", "2"])
+    assert capsys.readouterr().out.count("nothing to do") == 3
+    assert files_without_times(workspace) == before
+
+
+def test_changed_arguments_are_refused(workspace: Path, photos: Path) -> None:
+    with pytest.raises(UserError, match="num_images is 10, not 5.*--overwrite"):
+        prepare_images.main([*RUN, "--root", str(workspace), "--source", str(photos), "--num-images", "5"])
+    with pytest.raises(UserError, match="batch_size is 2, not 3"):
+        train_vlm.main([*RUN, "--root", str(workspace), "--iterations", "4", "--batch-size", "3"])
+
+
+def test_layers_trained_apart_equal_joint_training(workspace: Path, tmp_path: Path) -> None:
+    """Disjoint parameters: with the rate scaled to the number of layers, two runs merge into the joint result."""
+    shutil.copytree(workspace / "features", tmp_path / "features")
+    options = [*RUN, "--root", str(tmp_path), "--iterations", "4", "--batch-size", "2"]
+    for layer in ("conv4", "conv5"):
+        train_vlm.main([*options, "--layers", layer])
+    apart, _ = read_tensors(tmp_path / "vlm.safetensors")
+    joint, _ = read_tensors(workspace / "vlm.safetensors")
+    assert apart.keys() == joint.keys()
+    for name, value in joint.items():
+        torch.testing.assert_close(apart[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_killed_training_resumes_bit_for_bit(workspace: Path, tmp_path: Path) -> None:
+    options = ["--preset", "demo", "--iterations", "12", "--checkpoint-every", "3", "--batch-size", "2"]
+    roots = {name: tmp_path / name for name in ("killed", "undisturbed")}
+    for root in roots.values():
+        shutil.copytree(workspace / "features", root / "features")
+    command = [sys.executable, str(ROOT / "train_vlm.py"), *options, "--root", str(roots["killed"])]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    state = roots["killed"] / "train_state" / "conv4-conv5.safetensors"
+    deadline = time.monotonic() + 120
+    while not state.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with safe_open(state, framework="pt") as file:
+        done = json.loads(file.metadata()["configuration"])["iteration"]
+    assert 0 < done <= 12
+    for root in roots.values():
+        assert call("train_vlm.py", *options, "--root", root).returncode == 0
+    first, second = ((root / "vlm.safetensors").read_bytes() for root in roots.values())
+    assert first == second
+    assert not list(roots["killed"].rglob("*.partial"))
+
+
+def test_interrupted_extraction_resumes_to_the_same_files(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(workspace / "images.npy", tmp_path)
+    shutil.copy(workspace / "images.npy.json", tmp_path)
+    monkeypatch.setattr(extract_features, "SAVE_EVERY", 0.0)
+    options = [*RUN, "--root", str(tmp_path), "--weights", "random", "--layers", "conv4", "conv5"]
+    options += ["--pca-positions", "400", "--batch-size", "4"]
+    whole = extract_features.network_batches
+
+    def cut_short(images, backbone, size, first):
+        for number, batch in enumerate(whole(images, backbone, size, first)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(extract_features, "network_batches", cut_short)
+    interruptions = 0
+    for _ in range(10):
+        try:
+            extract_features.main(options)
+            break
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions >= 2
+    for name in ("projection.safetensors", "conv4.npy", "conv5.npy"):
+        assert (tmp_path / "features" / name).read_bytes() == (workspace / "features" / name).read_bytes()
+    assert not list(tmp_path.rglob("*.partial")) + list(tmp_path.rglob("*.progress")) + list(tmp_path.rglob("*.npz"))
+
+
+def test_diverging_training_stops_and_keeps_the_checkpoint(workspace: Path, tmp_path: Path) -> None:
+    shutil.copytree(workspace / "features", tmp_path / "features")
+    options = [*RUN, "--root", str(tmp_path), "--layers", "conv5", "--batch-size", "2", "--decay-at", "500"]
+    with pytest.raises(UserError, match="no longer finite at iteration .* smaller --learning-rate"):
+        train_vlm.main([*options, "--iterations", "60", "--checkpoint-every", "1", "--learning-rate", "1e25"])
+    vlm, _ = load_vlm(tmp_path / "vlm.safetensors")
+    assert all(torch.isfinite(p).all() for p in vlm.parameters())
+
+
+def test_reconstruct_with_and_without_language_model(workspace: Path, photos: Path, tmp_path: Path) -> None:
+    image = next((photos / "class0").iterdir())
+    results = {}
+    for regularizer in ("vlm", "none"):
+        out = tmp_path / regularizer
+        options = [str(image), *RUN, "--root", str(workspace), "--weights", "random", "--regularizer", regularizer]
+        options += ["--iterations", "6", "--snapshot-every", "2", "--restarts", "2", "--out", str(out)]
+        reconstruct.main([*options, "--target", "pool5", "--learning-rate", "2000"])
+        results[regularizer] = np.load(out / "reconstruction.npy")
+        assert results[regularizer].shape == (227, 227, 3)
+        facts = json.loads((out / "parameters.json").read_text())
+        assert facts["regularizer"] == regularizer and facts["restarts"] == 2
+        with (out / "curves.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 12 and float(rows[5]["feature"]) < float(rows[0]["feature"])
+        names = {p.name for p in out.iterdir()}
+        assert {"reconstruction.png", "comparison.png", "curves.png", "restart-0.png", "restart-1.png"} <= names
+        assert len(list((out / "snapshots").iterdir())) == 4
+        assert not list(out.glob("*.state.*"))
+    assert not np.array_equal(results["vlm"], results["none"])
+
+
+def test_interrupted_reconstruction_resumes_bit_for_bit(
+    workspace: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = next((photos / "class1").iterdir())
+    options = [str(image), *RUN, "--root", str(workspace), "--weights", "random", "--target", "conv5"]
+    options += ["--iterations", "5", "--snapshot-every", "2", "--learning-rate", "100", "--regularizer", "vlm"]
+    reconstruct.main([*options, "--out", str(tmp_path / "whole")])
+    picture = reconstruct.Restart.snapshot
+
+    def interrupted(self, iteration: int) -> None:
+        picture(self, iteration)
+        if iteration == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(reconstruct.Restart, "snapshot", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct.main([*options, "--out", str(tmp_path / "cut")])
+    assert (tmp_path / "cut" / "reconstruction.png").is_file(), "Ctrl-C keeps what is there"
+    monkeypatch.undo()
+    reconstruct.main([*options, "--out", str(tmp_path / "cut")])
+    for name in ("reconstruction.npy", "reconstruction.png", "curves.csv"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_reconstruct_from_a_stored_feature(workspace: Path, tmp_path: Path) -> None:
+    feature = np.random.default_rng(0).normal(size=(256, 6, 6)).astype(np.float32)
+    np.save(tmp_path / "feature.npy", feature)
+    options = [str(tmp_path / "feature.npy"), *RUN, "--root", str(workspace), "--weights", "random"]
+    options += ["--target", "pool5", "--iterations", "2", "--regularizer", "none", "--learning-rate", "100"]
+    reconstruct.main([*options, "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "reconstruction.png").is_file()
+    np.save(tmp_path / "feature.npy", feature[:, :5])
+    with pytest.raises(UserError, match=r"the target is \(1, 256, 5, 6\), pool5"):
+        reconstruct.main([*options, "--out", str(tmp_path / "other")])
+
+
+def test_saliency_of_a_folder(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    shapes = {"a.png": (90, 140), "b.png": (151, 97), "b.jpg": (80, 80)}
+    for i, (name, shape) in enumerate(shapes.items()):
+        Image.fromarray(make_photo(i, *shape)).save(folder / name)
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    Image.new("RGB", (9, 9)).save(folder / "tiny.png")
+    out = tmp_path / "out"
+    options = [
+        str(folder),
+        *RUN,
+        "--root",
+        str(workspace),
+        "--weights",
+        "random",
+        "--layer",
+        "conv5",
+        "--out",
+        str(out),
+    ]
+    assert saliency.main(options) == 2
+    errors = capsys.readouterr().err
+    assert "broken.jpg is not an image" in errors and "tiny.png" not in errors
+    assert "9×9 pixels is too small for conv5 of alexnet: give one of at least" in errors
+    for name, shape in (("a", (90, 140)), ("b.png", (151, 97)), ("b.jpg", (80, 80))):
+        result = np.load(out / f"{name}.npy")
+        assert result.shape == shape and result.min() == 0 and result.max() == 1
+        assert {p.name for p in out.glob(f"{name}*")} >= {f"{name}.png", f"{name}-overlay.png"}
+    before = files_without_times(out)
+    saliency.main(options)
+    assert files_without_times(out) == before
+
+
+def test_run_all_demo_stages(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["--root", str(tmp_path), "--source", str(photos), "--weights", "random", "--layers", "conv5"]
+    options += ["--iterations", "2", "--reconstruction-iterations", "2", "--image", str(photos / "class0/photo00.png")]
+    run_all.main(options)
+    printed = capsys.readouterr().out
+    for stage in run_all.STAGES:
+        assert f"$ python {stage}.py" in printed
+    for name in ("summary.png", "loss.png"):
+        assert (tmp_path / "figures" / name).is_file()
+    run_all.main([*options, "--from", "3", "--to", "train_vlm"])
+    printed = capsys.readouterr().out
+    assert "prepare_images" not in printed and "nothing to do" in printed
+    with pytest.raises(UserError, match="comes after"):
+        run_all.main([*options, "--from", "5", "--to", "1"])
+
+
+def test_printed_command_works_by_hand(workspace: Path, capsys: pytest.CaptureFixture) -> None:
+    run_all.main(["--root", str(workspace), "--dry-run", "--preset", "demo"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "$ python train_vlm.py" in line)
+    result = call(*line.split("$ python ")[1].split(), "--layers", "conv9")
+    assert result.returncode == 2 and "has no features of conv9" in result.stderr
+
+
+def test_dry_run_prints_every_value_with_its_source(capsys: pytest.CaptureFixture) -> None:
+    run_all.main(["--preset", "alexnet_caffe", "--dry-run"])
+    rows = {tuple(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert ("iterations", "20001", "original", "code") in rows
+    assert ("joint_learning_rate", "10.0", "original", "code") in rows
+    assert ("target", "fc8", "original", "code") in rows
+
+
+def test_user_mistakes_cost_one_line(tmp_path: Path) -> None:
+    cases = [
+        ("prepare_images.py", ["--source", tmp_path / "nothing"], "does not exist"),
+        ("train_vlm.py", ["--root", tmp_path], "run extract_features.py first"),
+        ("extract_features.py", ["--root", tmp_path], "run prepare_images.py first"),
+        ("train_vlm.py", ["--iterations", "-1"], "argument --iterations"),
+        ("saliency.py", [tmp_path / "x.jpg", "--vlm", tmp_path / "y"], "does not exist"),
+    ]
+    for script, arguments, message in cases:
+        result = call(script, *arguments, cwd=tmp_path)
+        assert result.returncode == 2
+        assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_pretrained_figure(tmp_path: Path) -> None:
+    """The shipped checkpoints, on CPU, with random CNN weights so that nothing has to be downloaded."""
+    image = tmp_path / "photo.png"
+    Image.fromarray(make_photo(5, 120, 160)).convert("P").save(image)
+    out = tmp_path / "out"
+    run_pretrained_model.main([str(image), "--weights", "random", "--iterations", "1", "--out", str(out)])
+    assert np.load(out / "saliency" / "photo.npy").shape == (120, 160)
+    assert (out / "figure.png").is_file()
+    layers = load_vlm(run_pretrained_model.RECONSTRUCTION)[1]["layers"]
+    assert len(layers) == 6
+    for layer in layers:
+        assert np.load(out / "unnaturalness" / f"alexnet-{layer}.npy").ndim == 2
+    for regularizer in ("vlm", "none"):
+        facts = json.loads((out / "reconstructions" / regularizer / "parameters.json").read_text())
+        assert facts["target"] == "fc8", "random weights are complete"
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg16"])
+def test_shipped_checkpoints_beat_the_trivial_predictors(name: str) -> None:
+    _, configuration = load_vlm(run_pretrained_model.PRETRAINED / f"{name}.safetensors")
+    assert configuration["backbone"] == name
+    for layer, facts in configuration["training"].items():
+        losses = facts["losses"]
+        assert losses["validation_loss"] < losses["predict_nothing"], layer
+
+
+def test_interruption_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def stop(error):
+        def main():
+            raise error
+
+        return main
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.run(stop(KeyboardInterrupt())) == 130
+        assert cli.run(stop(cli.Terminated())) == 143
+        assert cli.run(stop(UserError("two\nlines"))) == 2
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert "two lines" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+"""The house rules that a machine can check."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STAGES = {"prepare_images", "extract_features", "train_vlm", "reconstruct", "saliency", "evaluate"}
+DRIVERS = {"run_all", "run_pretrained_model"}
+SOURCES = [p for folder in (".", "models", "pipeline") for p in sorted((ROOT / folder).glob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of the modules that a file imports anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports(path: Path) -> None:
+    names = imported(path)
+    if path.parent.name == "models":
+        assert not names & {"pipeline", "argparse", *STAGES, *DRIVERS}
+    elif path.parent.name == "pipeline" or path.stem in STAGES:
+        assert not names & (STAGES | DRIVERS)
+    assert not names & {"utils"}
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name == "models"], ids=lambda p: p.name)
+def test_models_print_nothing(path: Path) -> None:
+    calls = [n.func for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+    assert not [c for c in calls if isinstance(c, ast.Name) and c.id == "print"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_public_functions_are_documented_and_short(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 70, node.name
+            if not node.name.startswith("_") and node.end_lineno - node.lineno > 6:
+                assert ast.get_docstring(node), node.name

