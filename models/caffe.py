@@ -84,6 +84,7 @@ class _Parser:
 
     def __init__(self) -> None:
         self.left = MAX_FIELDS
+        self.layer_name = ""  # of the layer that is being read, where known
 
     def fields(self, data: memoryview) -> Iterator[tuple[int, int, int | memoryview | np.ndarray]]:
         """Fields of a message: number, wire type, value.
@@ -168,6 +169,7 @@ class _Parser:
                     name = str(value, "utf-8")
                 except UnicodeDecodeError:
                     raise _Malformed("a layer's name is no UTF-8 text") from None
+                self.layer_name = name
             elif number == blobs_field:
                 _expect(wire, BYTES, what="a blob")
                 blobs.append(value)
@@ -231,15 +233,16 @@ def read_caffemodel(path: Path, *, wanted: Collection[str] | None = None) -> dic
 
     Returns:
         float32 arrays by layer name, in the file's order and with the file's own shapes (legacy blobs have four
-        dimensions). They are views of the file where possible, and read-only. Layers without blobs are left out.
+        dimensions). They are read-only views of the file where possible. Layers without blobs are left out.
 
     Raises:
-        UserError: truncated, not protobuf, a layer twice, a blob whose shape does not fit its values, NaN.
+        UserError: truncated, not protobuf, a layer twice, a blob that is empty, not finite, or of a shape that does
+            not fit its values.
     """
     data = _open(path)
     layers: dict[str, list[np.ndarray]] = {}
     names: set[str] = set()
-    known, where = False, ""
+    known = False
     parser = _Parser()
     try:
         for number, wire, value in parser.fields(data):
@@ -248,18 +251,18 @@ def read_caffemodel(path: Path, *, wanted: Collection[str] | None = None) -> dic
             _expect(wire, BYTES, what="a layer")
             known = True
             fields = (V1_NAME, V1_BLOBS) if number == NET_LAYERS else (LAYER_NAME, LAYER_BLOBS)
-            where, blobs = parser.layer(value, *fields)
-            if blobs and where in names:
+            name, blobs = parser.layer(value, *fields)
+            if blobs and name in names:
                 raise _Malformed("it is there twice")
             if blobs:
-                names.add(where)
-            if blobs and (wanted is None or where in wanted):
-                layers[where] = [parser.blob(blob) for blob in blobs]
-            where = ""
+                names.add(name)
+            if blobs and (wanted is None or name in wanted):
+                layers[name] = [parser.blob(blob) for blob in blobs]
+            parser.layer_name = ""
         if not known:
             raise _Malformed("it lists no layers")
     except _Malformed as error:
-        raise _refusal(path, data, "caffemodel", error, where, " with --weights") from None
+        raise _refusal(path, data, "caffemodel", error, parser.layer_name, " with --weights") from None
     return layers
 
 
@@ -297,9 +300,9 @@ def match_parameters(
         if index >= len(found):
             what = f"layer {layer!r} has no {kind}" if found else f"there is no layer {layer!r}"
             raise UserError(f"{path}: {what}, expected {kind} {tuple(shape)}; {again}")
-        if len(found) > sum(f"{layer}.{kind}" in expected for kind in ("weight", "bias")):
+        if len(found) > sum(f"{layer}.{part}" in expected for part in ("weight", "bias")):
             shapes = ", ".join(str(blob.shape) for blob in found)
-            raise UserError(f"{path}: layer {layer!r} has more blobs ({shapes}) than expected, {name} {shape}; {again}")
+            raise UserError(f"{path}: layer {layer!r} has more blobs than expected, found {shapes}; {again}")
         own = found[index].shape
         while len(own) > len(shape) and own[0] == 1:
             own = own[1:]

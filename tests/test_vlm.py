@@ -168,8 +168,7 @@ def test_training_learns_what_repeats() -> None:
     """Every row of a map is its column's number: after some updates the model beats predicting nothing."""
     columns = torch.tensor([1.0, -1, 1, -1, 1, -1])
     p = columns.expand(2, 2, 6, 6).contiguous()
-    layer = LayerModel(2)
-    layer.initialise(0, "x")
+    layer = random_layer(2)
     optimizer = MomentumSGD([q for q in layer.parameters() if q.requires_grad], 0.5)
     for _ in range(300):
         optimizer.zero_grad()

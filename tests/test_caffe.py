@@ -1,0 +1,248 @@
+"""The Caffe reader against an independent encoder, the official runtimes where installed, and damage."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.caffe import match_parameters, read_binaryproto, read_caffemodel
+from models.errors import UserError
+
+VALUES = np.arange(24, dtype=np.float32).reshape(4, 1, 3, 2) / 7
+
+
+def varint(value: int) -> bytes:
+    out = b""
+    while True:
+        out += bytes([value & 127 | (128 if value > 127 else 0)])
+        value >>= 7
+        if not value:
+            return out
+
+
+def field(number: int, content: bytes | int) -> bytes:
+    if isinstance(content, int):
+        return varint(number << 3) + varint(content)
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def blob(array: np.ndarray, shape: str = "legacy", data: str = "packed") -> bytes:
+    out = b""
+    if shape == "legacy":
+        dims = (1,) * (4 - array.ndim) + array.shape
+        out += b"".join(field(n, d) for n, d in zip((1, 2, 3, 4), dims, strict=True))
+    elif shape == "packed":
+        out += field(7, field(1, b"".join(varint(d) for d in array.shape)))
+    elif shape == "unpacked":
+        out += field(7, b"".join(field(1, d) for d in array.shape))
+    flat = array.ravel()
+    if data == "packed":
+        out += field(5, flat.astype("<f4").tobytes())
+    elif data == "unpacked":
+        out += b"".join(varint(5 << 3 | 5) + struct.pack("<f", v) for v in flat)
+    elif data == "pieces":
+        out += field(5, flat[:5].astype("<f4").tobytes())
+        out += b"".join(varint(5 << 3 | 5) + struct.pack("<f", v) for v in flat[5:9])
+        out += field(5, flat[9:].astype("<f4").tobytes())
+    elif data == "double":
+        out += field(8, flat.astype("<f8").tobytes())
+    elif data == "unpacked double":
+        out += b"".join(varint(8 << 3 | 1) + struct.pack("<d", v) for v in flat)
+    return out + field(6, flat.astype("<f4").tobytes())  # diff, to be ignored
+
+
+def network(layers: dict[str, list[bytes]], form: str) -> bytes:
+    out = field(1, b"a network")
+    for name, blobs in layers.items():
+        if form == "layer":
+            content = field(1, name.encode()) + field(2, b"Convolution") + b"".join(field(7, b) for b in blobs)
+            out += field(100, content)
+        elif form == "V1":
+            out += field(2, field(4, name.encode()) + field(5, 4) + b"".join(field(6, b) for b in blobs))
+        else:
+            inner = field(1, name.encode()) + field(2, b"conv") + b"".join(field(50, b) for b in blobs)
+            out += field(2, field(1, inner))
+    return out
+
+
+@pytest.mark.parametrize("form", ["layer", "V1", "V0"])
+@pytest.mark.parametrize("shape", ["legacy", "packed", "unpacked"])
+@pytest.mark.parametrize("data", ["packed", "unpacked", "pieces", "double", "unpacked double"])
+def test_every_form(tmp_path: Path, form: str, shape: str, data: str) -> None:
+    path = tmp_path / "net.caffemodel"
+    bias = np.array([1.5, -2.0, 3.0], np.float32)
+    layers = {"conv1": [blob(VALUES, shape, data), blob(bias, shape, data)], "relu1": []}
+    path.write_bytes(network(layers, form))
+    found = read_caffemodel(path)
+    assert list(found) == ["conv1"]
+    assert found["conv1"][0].dtype == np.float32
+    np.testing.assert_array_equal(found["conv1"][0], VALUES)
+    np.testing.assert_array_equal(found["conv1"][1].ravel(), bias)
+    assert read_caffemodel(path, wanted={"other"}) == {}
+
+
+def test_mean_image(tmp_path: Path) -> None:
+    path = tmp_path / "mean.binaryproto"
+    path.write_bytes(blob(VALUES.reshape(1, 3, 4, 2)))
+    assert read_binaryproto(path).shape == (3, 4, 2)
+    path.write_bytes(blob(VALUES, "none"))
+    assert read_binaryproto(path).shape == (24,)
+
+
+def test_parameters_of_legacy_blobs(tmp_path: Path) -> None:
+    weight, bias = np.ones((1, 1, 4, 6), np.float32), np.zeros((1, 1, 1, 4), np.float32)
+    blobs = {"fc6": [weight, bias]}
+    shapes = {"fc6.weight": (4, 6), "fc6.bias": (4,)}
+    matched = match_parameters(blobs, shapes, path=Path("x"))
+    assert matched["fc6.weight"].shape == (4, 6) and matched["fc6.bias"].shape == (4,)
+    with pytest.raises(UserError, match=r"weight of layer 'fc6' should be \(6, 4\), found \(1, 1, 4, 6\)"):
+        match_parameters(blobs, {"fc6.weight": (6, 4)}, path=Path("x"))
+    with pytest.raises(UserError, match="there is no layer 'fc7'"):
+        match_parameters(blobs, {"fc7.weight": (6, 4)}, path=Path("x"))
+    with pytest.raises(UserError, match="layer 'fc6' has no bias"):
+        match_parameters({"fc6": [weight]}, shapes, path=Path("x"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\xff\xd8\xff\xe0 a JPEG", "no whole Caffe file"),
+        (b"PK\x03\x04 a zip", "no whole Caffe file"),
+        (b"<!DOCTYPE html><html>404</html>", "no whole Caffe file"),
+        (field(2, field(4, b"a")), None),
+        (network({"a": [field(7, field(1, b"\x03")) + field(5, b"1234" * 2)]}, "layer"), r"layer 'a'.*\(3,\) holds 2"),
+        (network({"a": [blob(VALUES)]}, "layer") * 2, "layer 'a': it is there twice"),
+        (network({"a": [blob(np.array([np.nan], np.float32))]}, "layer"), "no finite numbers"),
+        (network({"a": [field(7, field(1, 2**62)) + field(5, b"1234")]}, "layer"), "holds 1 values"),
+        (field(2, field(4, b"\xff\xfe")), "no text"),
+        (b"\x0b\x0c" * 9, "wire type 3"),
+        (b"\x80" * 30, "longer than 64 bits"),
+        (field(1, b"x"), "lists no layers"),
+    ],
+)
+def test_refusals_are_one_clear_line(tmp_path: Path, content: bytes, message: str | None) -> None:
+    path = tmp_path / "net.caffemodel"
+    path.write_bytes(content)
+    if message is None:
+        assert read_caffemodel(path) == {}
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        read_caffemodel(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_truncation_and_flipped_bytes(tmp_path: Path) -> None:
+    """Whatever the damage: a refusal or arrays, never another exception, never a huge allocation."""
+    path = tmp_path / "net.caffemodel"
+    small = np.ones((2, 1, 2, 2), np.float32)
+    whole = network({"conv1": [blob(small), blob(small[0], "packed")], "b": [blob(small, data="pieces")]}, "V1")
+    random = np.random.default_rng(0)
+    damaged = [whole[:length] for length in range(len(whole))]
+    for _ in range(1500):
+        flipped = bytearray(whole)
+        for _ in range(random.integers(1, 4)):
+            flipped[random.integers(len(whole))] ^= 1 << random.integers(8)
+        damaged.append(bytes(flipped))
+    refused = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            for arrays in read_caffemodel(path).values():
+                assert all(isinstance(a, np.ndarray) and a.nbytes <= len(whole) for a in arrays)
+        except UserError:
+            refused += 1
+    assert refused > 300
+
+
+def test_against_the_official_protobuf_runtime(tmp_path: Path) -> None:
+    descriptor = pytest.importorskip("google.protobuf.descriptor_pb2")
+    from google.protobuf import descriptor_pool, message_factory
+
+    file = descriptor.FileDescriptorProto(name="caffe.proto", package="caffe", syntax="proto2")
+    types = descriptor.FieldDescriptorProto
+    repeated, optional = types.LABEL_REPEATED, types.LABEL_OPTIONAL
+    messages = {
+        "BlobShape": [("dim", 1, types.TYPE_INT64, repeated, None, True)],
+        "BlobProto": [
+            ("num", 1, types.TYPE_INT32, optional, None, False),
+            ("channels", 2, types.TYPE_INT32, optional, None, False),
+            ("height", 3, types.TYPE_INT32, optional, None, False),
+            ("width", 4, types.TYPE_INT32, optional, None, False),
+            ("data", 5, types.TYPE_FLOAT, repeated, None, True),
+            ("shape", 7, types.TYPE_MESSAGE, optional, "BlobShape", False),
+            ("double_data", 8, types.TYPE_DOUBLE, repeated, None, True),
+        ],
+        "V1LayerParameter": [
+            ("name", 4, types.TYPE_STRING, optional, None, False),
+            ("blobs", 6, types.TYPE_MESSAGE, repeated, "BlobProto", False),
+        ],
+        "LayerParameter": [
+            ("name", 1, types.TYPE_STRING, optional, None, False),
+            ("blobs", 7, types.TYPE_MESSAGE, repeated, "BlobProto", False),
+        ],
+        "NetParameter": [
+            ("layers", 2, types.TYPE_MESSAGE, repeated, "V1LayerParameter", False),
+            ("layer", 100, types.TYPE_MESSAGE, repeated, "LayerParameter", False),
+        ],
+    }
+    for name, fields in messages.items():
+        message = file.message_type.add(name=name)
+        for field_name, number, kind, label, of, packed in fields:
+            added = message.field.add(name=field_name, number=number, type=kind, label=label)
+            if of:
+                added.type_name = f".caffe.{of}"
+            if packed:
+                added.options.packed = True
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    net = message_factory.GetMessageClass(pool.FindMessageTypeByName("caffe.NetParameter"))()
+    old = net.layers.add(name="old").blobs.add(num=4, channels=1, height=3, width=2)
+    old.data.extend(VALUES.ravel().tolist())
+    new = net.layer.add(name="new").blobs.add()
+    new.shape.dim.extend(VALUES.shape)
+    new.double_data.extend(VALUES.ravel().astype(float).tolist())
+    path = tmp_path / "net.caffemodel"
+    path.write_bytes(net.SerializeToString())
+    found = read_caffemodel(path)
+    for name in ("old", "new"):
+        np.testing.assert_array_equal(found[name][0], VALUES)
+
+
+PROTOTXT = """
+input: "data" input_dim: 1 input_dim: 4 input_dim: 9 input_dim: 8
+layer { name: "conv" type: "Convolution" bottom: "data" top: "conv"
+  convolution_param { num_output: 6 kernel_size: 3 pad: 1 group: 2 } }
+layer { name: "relu" type: "ReLU" bottom: "conv" top: "relu" }
+layer { name: "norm" type: "LRN" bottom: "relu" top: "norm" lrn_param { local_size: 5 alpha: 0.0001 beta: 0.75 } }
+layer { name: "pool" type: "Pooling" bottom: "norm" top: "pool"
+  pooling_param { pool: MAX kernel_size: 3 stride: 2 } }
+layer { name: "fc" type: "InnerProduct" bottom: "pool" top: "fc" inner_product_param { num_output: 5 } }
+"""
+
+
+def test_against_opencv(tmp_path: Path) -> None:
+    """OpenCV reads the same file into its own engine; the input has a size at which all pooling modes agree."""
+    cv2 = pytest.importorskip("cv2")
+    if not hasattr(cv2.dnn, "readNetFromCaffe"):
+        pytest.skip("this OpenCV has no Caffe importer")
+    random = np.random.default_rng(0)
+    arrays = {
+        "conv": (random.normal(size=(6, 2, 3, 3)), random.normal(size=6)),
+        "fc": (random.normal(size=(5, 6 * 4 * 4)), random.normal(size=5)),
+    }
+    prototxt, path = tmp_path / "net.prototxt", tmp_path / "net.caffemodel"
+    prototxt.write_text(PROTOTXT.replace("input_dim: 8", "input_dim: 9"))
+    layers = {n: [blob(a.astype(np.float32), "packed") for a in pair] for n, pair in arrays.items()}
+    path.write_bytes(network(layers, "layer"))
+    x = random.normal(size=(1, 4, 9, 9)).astype(np.float32) * 50
+    net = cv2.dnn.readNetFromCaffe(str(prototxt), str(path))
+    net.setInput(x)
+    expected = net.forward("fc")
+    blobs = {n: [torch.from_numpy(np.array(b)) for b in found] for n, found in read_caffemodel(path).items()}
+    y = F.conv2d(torch.from_numpy(x), *blobs["conv"], padding=1, groups=2).relu()
+    y = F.max_pool2d(F.local_response_norm(y, 5, 1e-4, 0.75, 1.0), 3, 2).flatten(1)
+    np.testing.assert_allclose(F.linear(y, *blobs["fc"]).numpy(), expected, rtol=1e-3, atol=1e-2)
