@@ -22,6 +22,15 @@ from pipeline.presets import PRESETS
 STAGES = ("prepare_images", "extract_features", "train_vlm", "reconstruct", "saliency")
 STAGE_NUMBERS = {str(number): name for number, name in enumerate(STAGES, start=1)} | {name: name for name in STAGES}
 
+RULES = {  # what no option sets, for --dry-run
+    "images": "256×256 by area averaging, centre crop, no augmentation (original code)",
+    "mean": "per pixel in training, per channel at test, for the Caffe backbones (original code)",
+    "PCA": "positions//images + 1 per image, with replacement; half of the components; not whitened (original code)",
+    "momentum": "set to zero at every decay (original code)",
+    "start of reconstruction": "noise with mean and std of the data layer (original code), seeded (ours)",
+    "pictures": "clipped to 0-255, truncated to bytes (original code)",
+}
+
 
 def stage_name(text: str) -> str:
     """argparse type: a stage by number or name."""
@@ -71,16 +80,32 @@ def run_stage(name: str, argv: list[str]) -> None:
 
 
 def print_plan(args: argparse.Namespace) -> None:
-    """Every stage's command and every value of the preset with its source."""
+    """Every stage's command, every value of the preset with its source, and what the stage will cost."""
+    from models.backbones import ARCHITECTURES
+    from pipeline import plan
+
+    preset = PRESETS[args.preset]
+    architecture = ARCHITECTURES[preset["extract_features"]["backbone"].value]
+    images = args.num_images or preset["prepare_images"]["num_images"].value or plan.PAPER_IMAGES
+    costs = plan.costs(
+        architecture,
+        images,
+        args.layers or list(architecture.vlm_layers),
+        batch=preset["train_vlm"]["batch_size"].value,
+        iterations=args.iterations or preset["train_vlm"]["iterations"].value,
+        reconstruction_iterations=args.reconstruction_iterations or preset["reconstruct"]["iterations"].value,
+    )
     commands = stage_commands(args)
-    for stage, settings in PRESETS[args.preset].items():
-        if stage not in STAGES:
-            continue
+    for stage in STAGES:
         print(f"\n{stage}.py")
         for argv in commands[stage]:
             print(f"  $ python {stage}.py {shlex.join(argv)}")
-        for key, setting in settings.items():
+        for key, setting in preset[stage].items():
             print(f"    {key:<22} {setting.value!s:<28} {setting.source}")
+        cost = costs[stage]
+        disk, memory = artefacts.format_bytes(cost.disk), artefacts.format_bytes(cost.memory)
+        print(f"    computed: disk {disk}, memory {memory}, {cost.hours:.2f} h at {plan.ASSUMED_GFLOPS:.0f} GFLOP/s")
+    print(f"\ncomputed for {images} images; " + "; ".join(f"{name}: {value}" for name, value in RULES.items()))
 
 
 def figure(args: argparse.Namespace) -> Path:

@@ -11,6 +11,7 @@ Layers share no parameters: trained in one run or in several, they end up in the
 
 import csv
 import io
+import json
 import math
 import sys
 import time
@@ -166,7 +167,8 @@ class Run:
         if not self.state.is_file():
             return
         tensors, noted = read_tensors(self.state)
-        if changed := artefacts.differences(noted.get("facts", {}), self.facts):
+        found, done = noted.get("facts", {}), noted["iteration"]
+        if changed := self._conflicts(found, done):
             raise UserError(
                 f"{self.state} was made otherwise ({'; '.join(changed)}): use --overwrite or another --root"
             )
@@ -175,6 +177,13 @@ class Run:
                 p.copy_(tensors[f"parameter.{i}"])
                 v.copy_(tensors[f"velocity.{i}"])
         self.iteration, self.log, self.losses = noted["iteration"], noted["log"], noted["losses"]
+
+    def _conflicts(self, found: artefacts.Facts, done: int) -> list[str]:
+        """What keeps a state from being continued. More iterations and later decays do not: its past is the same."""
+        past = [at for at in self.schedule.decay_at if at < done]
+        if self.schedule.iterations >= done and [at for at in found.get("decay_at", []) if at < done] == past:
+            found = {**found, "iterations": self.schedule.iterations, "decay_at": self.schedule.decay_at}
+        return artefacts.differences(json.loads(json.dumps(found)), self.facts)
 
     def train(self, log_every: int, checkpoint_every: int) -> None:
         """Run the remaining updates.

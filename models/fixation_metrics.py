@@ -1,372 +1,392 @@
-"""How well a saliency map predicts where people look, and maps to compare with.
+"""How well a saliency map predicts where people look: metrics, intervals, and maps to compare with.
 
-The metrics are those of the MIT/Tübingen saliency benchmark (Kümmerer, Wallis & Bethge, "Saliency benchmarking made
-easy", ECCV 2018). A map is an array (H, W) of any real type, larger = more salient, of exactly the image's size:
-nothing is resized. A fixation is a point (x, y) in pixels from the top left corner of the image; it lies on the pixel
-in row floor(y), column floor(x). Every fixation counts, repeated ones as often as they occur.
+The metrics follow the MIT/Tübingen saliency benchmark (saliency.tuebingen.ai; definitions as in the Python package
+pysaliency 0.2.22, which it runs): every fixation counts, repeats too; maps stay floats; ties count one half.
 
-All metrics give one number for one image, and NaN where there is no fixation to predict (or none of other images to
-tell apart from). They raise ValueError for a map that is not two-dimensional, real, finite and non-empty, and for
-fixations that are not finite, lie outside the map, or have no two coordinates each.
+A map is (H, W), of the image's own size: nothing is resized here. Fixations are arrays x, y (K,) in pixels, floats
+allowed, counted from 0 at the left and top edge: (x, y) lies in the pixel of row floor(y) and column floor(x).
 
-A constant map scores 0.5 in AUC and shuffled AUC, 0 in NSS and CC, and stands for the uniform density in SIM and KLD.
+| input | auc, shuffled_auc | nss | cc | sim, kld |
+|---|---|---|---|---|
+| constant map | 0.5 | 0 | 0 | taken as the uniform density |
+| no fixations | NaN | NaN | NaN | NaN |
+| one fixation | as any other number | | | |
+
+Every metric raises ValueError for a map that is not two-dimensional, is empty or holds NaN or infinities, and for
+fixations that are not finite or lie outside the map.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.ndimage import correlate1d, gaussian_filter1d, uniform_filter
+from scipy.ndimage import gaussian_filter, uniform_filter
 
 METRICS = ("auc", "sauc", "nss", "cc", "sim", "kld")
-FIXATION_SIGMA = 23.99  # pixels, the benchmark's own blur of fixations
-SIGMA_LIMIT = 1e4  # pixels
-KLD_FLOOR = 2.2204e-16  # the benchmark's regularisation of KLD
-BOOTSTRAP_DRAWS = 1 << 20  # drawn at once
-RESIDUAL_SIDE = 64  # Hou & Zhang 2007: the image is seen at this size
-
-
-class PairedDifference(NamedTuple):
-    """Mean of a - b over `count` images, with its confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
+BLUR_SIGMA = 23.99  # pixels; the benchmark's blur of the fixations for CC, SIM and KLD, whatever the image's size
+KLD_EPSILON = 2.2204e-16  # the benchmark's, from the MATLAB code of the MIT benchmark
+TRUNCATE = 4.0  # standard deviations after which a Gaussian is cut, as scipy and the benchmark do
+SPECTRAL_SIZE = 64  # side of the image whose spectrum is taken, Hou & Zhang (2007), Sec. 2.3
+MEANS_AT_ONCE = 1 << 20  # values drawn at a time by the bootstrap
 
 
 def auc(saliency: ArrayLike, x: ArrayLike, y: ArrayLike) -> float:
-    """Area under the ROC curve, fixations against all pixels of the map (H, W).
+    """Area under the ROC curve, 0…1, 0.5 = chance: fixated pixels against ALL pixels of the map (H, W).
 
-    The probability that a fixation has a larger map value than a pixel drawn uniformly, ties counting one half.
+    The probability that the map is higher at a fixation than at a pixel drawn at random.
     """
-    saliency, rows, columns = _check(saliency, x, y)
-    return _rank_score(saliency[rows, columns], saliency)
+    values = _check_map(saliency)
+    rows, columns = _pixels(values.shape, x, y)
+    return _mean_rank(values[rows, columns], values.ravel())
 
 
 def shuffled_auc(saliency: ArrayLike, x: ArrayLike, y: ArrayLike, other_x: ArrayLike, other_y: ArrayLike) -> float:
-    """Area under the ROC curve, fixations of this image against the fixations of all other images.
+    """Shuffled AUC, 0…1: fixated pixels against the pixels fixated in other images, about 0.5 for a mere centre bias.
 
-    `other_x`, `other_y` are in pixels of this image: a fixation x of an image w' wide becomes x · w/w'. A map that
-    knows no more than where people look in general, such as a blob in the centre, scores about one half.
+    other_x, other_y (M,) are those fixations in pixels of this map, repeats kept: `fixations_elsewhere` makes them.
+    All of them are used, so the value is deterministic. NaN where there are none.
     """
-    saliency, rows, columns = _check(saliency, x, y)
-    negatives = saliency[_pixels(saliency.shape, other_x, other_y)]
-    return _rank_score(saliency[rows, columns], negatives)
+    values = _check_map(saliency)
+    rows, columns = _pixels(values.shape, x, y)
+    other_rows, other_columns = _pixels(values.shape, other_x, other_y)
+    return _mean_rank(values[rows, columns], values[other_rows, other_columns])
 
 
 def nss(saliency: ArrayLike, x: ArrayLike, y: ArrayLike) -> float:
-    """Normalised scanpath saliency: mean at the fixations of the map (H, W) with mean 0 and population std 1."""
-    saliency, rows, columns = _check(saliency, x, y)
-    if not len(rows):
-        return np.nan
-    values = _standardise(saliency)
-    return float(values[rows, columns].mean())
+    """Normalised scanpath saliency: mean over the fixations of the map in units of its population std, mean 0."""
+    values = _check_map(saliency)
+    rows, columns = _pixels(values.shape, x, y)
+    return float(_standardised(values)[rows, columns].mean()) if rows.size else math.nan
 
 
-def cc(saliency: ArrayLike, x: ArrayLike, y: ArrayLike, *, sigma: float = FIXATION_SIGMA) -> float:
-    """Pearson's correlation over pixels of the map (H, W) with `fixation_map`; 0 where either is constant."""
-    saliency, rows, columns = _check(saliency, x, y)
-    return _correlation(saliency, _blurred(saliency.shape, rows, columns, sigma))
+def cc(saliency: ArrayLike, x: ArrayLike, y: ArrayLike, *, sigma: float = BLUR_SIGMA) -> float:
+    """Pearson correlation, -1…1, of the map with the fixations blurred by `sigma` pixels."""
+    values = _check_map(saliency)
+    target = blurred_fixations(x, y, *values.shape, sigma=sigma)
+    return _correlation(values, target) if np.size(x) else math.nan
 
 
-def sim(saliency: ArrayLike, x: ArrayLike, y: ArrayLike, *, sigma: float = FIXATION_SIGMA) -> float:
-    """Similarity: Σ min(p, q) of the map (H, W) and `fixation_map`, both made to sum to 1; 1 is perfect.
+def sim(saliency: ArrayLike, x: ArrayLike, y: ArrayLike, *, sigma: float = BLUR_SIGMA) -> float:
+    """Similarity, 0…1: the mass that the map and the fixations blurred by `sigma` pixels share as densities."""
+    values = _check_map(saliency)
+    target = blurred_fixations(x, y, *values.shape, sigma=sigma)
+    return _intersection(values, target) if np.size(x) else math.nan
 
-    A map with negative values has its minimum subtracted first.
+
+def kld(saliency: ArrayLike, x: ArrayLike, y: ArrayLike, *, sigma: float = BLUR_SIGMA) -> float:
+    """Kullback-Leibler divergence in nats of the map from the fixations blurred by `sigma` pixels; 0 is best.
+
+    Both are scaled to densities p (map) and q (fixations): Σ q log(ε + q / (p + ε)).
     """
-    saliency, rows, columns = _check(saliency, x, y)
-    return _intersection(saliency, _blurred(saliency.shape, rows, columns, sigma))
+    values = _check_map(saliency)
+    target = blurred_fixations(x, y, *values.shape, sigma=sigma)
+    return _divergence(values, target) if np.size(x) else math.nan
 
 
-def kld(saliency: ArrayLike, x: ArrayLike, y: ArrayLike, *, sigma: float = FIXATION_SIGMA) -> float:
-    """Kullback-Leibler divergence in nats, Σ p log(ε + p/(q + ε)), of `fixation_map` p from the map q (H, W).
-
-    Both are made to sum to 1, a map with negative values has its minimum subtracted first; ε = 2.2204e-16; 0 is
-    perfect.
-    """
-    saliency, rows, columns = _check(saliency, x, y)
-    return _divergence(saliency, _blurred(saliency.shape, rows, columns, sigma))
-
-
-def score(
+def all_scores(
     saliency: ArrayLike,
     x: ArrayLike,
     y: ArrayLike,
-    other_x: ArrayLike = (),
-    other_y: ArrayLike = (),
+    other_x: ArrayLike,
+    other_y: ArrayLike,
     *,
-    sigma: float = FIXATION_SIGMA,
-    metrics: Iterable[str] = METRICS,
+    sigma: float = BLUR_SIGMA,
 ) -> dict[str, float]:
-    """Several of METRICS for one map, by name; what the single functions give, with the shared work done once."""
-    saliency, rows, columns = _check(saliency, x, y)
-    names = list(metrics)
-    if unknown := set(names) - set(METRICS):
-        raise ValueError(f"no metric is called {', '.join(sorted(unknown))}: choose from {', '.join(METRICS)}")
-    blurred = {"cc": _correlation, "sim": _intersection, "kld": _divergence}
-    density = _blurred(saliency.shape, rows, columns, sigma) if blurred.keys() & set(names) else None
-    result = {}
-    for name in names:
-        if name in blurred:
-            result[name] = blurred[name](saliency, density)
-        elif name == "sauc":
-            result[name] = shuffled_auc(saliency, x, y, other_x, other_y)
-        else:
-            result[name] = {"auc": auc, "nss": nss}[name](saliency, x, y)
-    return result
+    """The six metrics of one map, by the names in METRICS; the fixations are blurred once for all."""
+    values = _check_map(saliency)
+    rows, columns = _pixels(values.shape, x, y)
+    scores = dict.fromkeys(METRICS, math.nan)
+    if not rows.size:
+        return scores
+    target = blurred_fixations(x, y, *values.shape, sigma=sigma)
+    scores["auc"] = _mean_rank(values[rows, columns], values.ravel())
+    scores["sauc"] = shuffled_auc(values, x, y, other_x, other_y)
+    scores["nss"] = float(_standardised(values)[rows, columns].mean())
+    scores["cc"] = _correlation(values, target)
+    scores["sim"] = _intersection(values, target)
+    scores["kld"] = _divergence(values, target)
+    return scores
 
 
-def fixation_map(height: int, width: int, x: ArrayLike, y: ArrayLike, *, sigma: float = FIXATION_SIGMA) -> np.ndarray:
-    """Fixations counted per pixel and blurred with a Gaussian: (height, width) float64, all zero without fixations.
-
-    The same to rounding as `scipy.ndimage.gaussian_filter` (reflection at the borders, cut at 4 σ), but made as a
-    product of the two one-dimensional blurs at the fixated rows and columns alone, about 20 times faster.
+def fixations_elsewhere(
+    image_index: np.ndarray, x: np.ndarray, y: np.ndarray, sizes: np.ndarray, image: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fixations of all images but one, in pixels of that one: the negatives of `shuffled_auc`.
 
     Args:
-        sigma: standard deviation in pixels, above 0 and at most 10,000.
+        image_index, x, y: (K,) image, column and row of every fixation of the data set.
+        sizes: (N, 2) height and width of every image.
+        image: the image to leave out, 0…N-1.
+
+    Returns:
+        x, y (M,) float64: the coordinates times w/w' and h/h', w' × h' being the size of their own image.
     """
-    return _blurred((height, width), *_pixels((height, width), x, y), sigma)
+    elsewhere = image_index != image
+    height, width = sizes[image]
+    own_height, own_width = np.asarray(sizes, dtype=np.float64)[image_index[elsewhere]].T  # (M,) each
+    # A product may round up to the very edge, one past the last pixel.
+    scaled_x = np.minimum(x[elsewhere] * (width / own_width), np.nextafter(width, 0.0))
+    scaled_y = np.minimum(y[elsewhere] * (height / own_height), np.nextafter(height, 0.0))
+    return scaled_x, scaled_y
 
 
 def inter_observer(
-    height: int,
-    width: int,
     x: ArrayLike,
     y: ArrayLike,
     subject: ArrayLike,
-    other_x: ArrayLike = (),
-    other_y: ArrayLike = (),
+    other_x: ArrayLike,
+    other_y: ArrayLike,
+    height: int,
+    width: int,
     *,
-    sigma: float = FIXATION_SIGMA,
-    metrics: Iterable[str] = METRICS,
+    sigma: float = BLUR_SIGMA,
 ) -> dict[str, float]:
-    """How well people predict each other on one image: an upper reference for maps that do not know who looks.
+    """How well people predict one another on one image, leaving one subject out: auc, sauc and nss.
 
-    The map of a subject is `fixation_map` of all other subjects, scored on the subject's own fixations; the result
-    is the mean over the subjects who looked at the image. Fixations of an unknown subject (negative) are left out.
-    NaN with fewer than two subjects.
+    The map for a subject is the fixations of all other subjects blurred by `sigma` pixels; it is scored on the
+    fixations of that subject, against the same negatives as a model's map (for sauc, other_x and other_y: those of
+    everybody on the other images). Returned is the mean over the subjects who looked at the image; NaN for fewer
+    than two of them, or if any subject is unknown (negative).
     """
-    x, y, subject = np.asarray(x, np.float64), np.asarray(y, np.float64), np.asarray(subject)
-    if not x.shape == y.shape == subject.shape:
-        raise ValueError(f"x, y and subject have shapes {x.shape}, {y.shape} and {subject.shape}, not the same")
-    known = subject >= 0
-    x, y, subject = x[known], y[known], subject[known]
-    people, names = np.unique(subject), list(metrics)
-    if len(people) < 2:
-        return dict.fromkeys(names, np.nan)
+    subject = np.asarray(subject)
+    rows, columns = _pixels((height, width), x, y)
+    if subject.shape != rows.shape:
+        raise ValueError(f"{subject.size} subjects for {rows.size} fixations")
+    present = np.unique(subject)
+    if len(present) < 2 or present[0] < 0:
+        return dict.fromkeys(("auc", "sauc", "nss"), math.nan)
+    other_rows, other_columns = _pixels((height, width), other_x, other_y)
+    by_row = _blurred_impulses(rows, height, sigma)  # (K, H)
+    by_column = _blurred_impulses(columns, width, sigma)  # (K, W)
     scores = []
-    for person in people:
-        own = subject == person
-        saliency = fixation_map(height, width, x[~own], y[~own], sigma=sigma)
-        scores.append(score(saliency, x[own], y[own], other_x, other_y, sigma=sigma, metrics=names))
-    return {name: float(np.mean([one[name] for one in scores])) for name in names}
+    for left_out in present:
+        own = subject == left_out
+        prediction = by_row[~own].T @ by_column[~own]  # (H, W)
+        found = prediction[rows[own], columns[own]]
+        elsewhere = prediction[other_rows, other_columns]
+        z = (found.mean() - prediction.mean()) / prediction.std() if np.ptp(prediction) else 0.0
+        scores.append((_mean_rank(found, prediction.ravel()), _mean_rank(found, elsewhere), z))
+    return dict(zip(("auc", "sauc", "nss"), np.mean(scores, axis=0).tolist(), strict=True))
+
+
+def blurred_fixations(x: ArrayLike, y: ArrayLike, height: int, width: int, *, sigma: float = BLUR_SIGMA) -> np.ndarray:
+    """Map (height, width) float64 of fixations, each a Gaussian of mass 1 and standard deviation `sigma` pixels.
+
+    Equal to counting the fixations per pixel and blurring with scipy's `gaussian_filter` (mirrored at the edges, cut
+    after 4 standard deviations), as one matrix product: a Gaussian is a column times a row.
+
+    Raises:
+        ValueError: fixations outside, or sigma not positive.
+    """
+    rows, columns = _pixels((height, width), x, y)
+    return _blurred_impulses(rows, height, sigma).T @ _blurred_impulses(columns, width, sigma)  # (H, K) (K, W)
+
+
+def _blurred_impulses(positions: np.ndarray, size: int, sigma: float) -> np.ndarray:
+    """(K, size): row k is a unit impulse at positions[k] after a Gaussian blur mirrored at both ends."""
+    if not (math.isfinite(sigma) and sigma > 0):
+        raise ValueError(f"the blur's standard deviation must be positive, not {sigma}")
+    radius = int(TRUNCATE * sigma + 0.5)
+    by_distance = np.exp(-0.5 * (np.arange(radius + 2) / sigma) ** 2)
+    by_distance[radius + 1] = 0  # stands for every distance beyond the cut
+    by_distance /= by_distance[0] + 2 * by_distance[1:].sum()
+    cells = np.arange(size)
+    blurred = np.zeros((len(positions), size))
+    periods = radius // (2 * size) + 1
+    for shift in range(-periods, periods + 1):
+        for source in (positions, -1 - positions):  # … c b a | a b c … | … c b a: a mirror, then period 2 size
+            distance = np.abs(cells - (source[:, None] + 2 * size * shift))  # (K, size)
+            if distance.size and distance.min() <= radius:
+                blurred += by_distance[np.minimum(distance, radius + 1)]
+    return blurred
 
 
 def bootstrap_interval(
-    values: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+    values: ArrayLike, *, confidence: float = 0.95, resamples: int = 10000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean: images are drawn with replacement (Efron 1979).
+    """Percentile bootstrap interval of the mean over images (Efron & Tibshirani 1993, Sec. 13.3).
 
     Args:
-        values: one number per image; NaN, an image without a score, is left out.
-        confidence: probability that the interval holds the mean, between 0 and 1.
-        resamples: how many times the images are drawn.
+        values: (N,) one score per image; NaN (an image without fixations) is left out.
+        confidence: probability covered, between 0 and 1.
+        resamples: number of samples of N images drawn with replacement.
+        seed: of the draws; the same seed gives the same interval.
 
     Returns:
-        low and high; NaN with fewer than two images.
+        lower and upper end; NaN for fewer than two scores, which say nothing about the spread.
+
+    Raises:
+        ValueError: infinite scores, or a setting out of range.
     """
-    values = np.asarray(values, np.float64).ravel()
+    values = np.asarray(values, dtype=np.float64).ravel()
     values = values[~np.isnan(values)]
-    if not 0 < confidence < 1 or resamples < 1 or not np.isfinite(values).all():
-        raise ValueError("an interval needs finite values, 0 < confidence < 1 and resamples > 0")
+    if not np.isfinite(values).all():
+        raise ValueError("scores must be finite or NaN")
+    if not 0 < confidence < 1 or resamples < 1:
+        raise ValueError(f"confidence {confidence} must be between 0 and 1, and resamples {resamples} at least 1")
     if len(values) < 2:
-        return np.nan, np.nan
+        return math.nan, math.nan
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
-    step = max(1, BOOTSTRAP_DRAWS // len(values))
+    step = max(1, MEANS_AT_ONCE // len(values))
     for start in range(0, resamples, step):
-        part = means[start : start + step]
-        part[:] = values[generator.integers(len(values), size=(len(part), len(values)))].mean(axis=1)
+        count = min(step, resamples - start)
+        means[start : start + count] = values[generator.integers(len(values), size=(count, len(values)))].mean(axis=1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
 def paired_difference(
-    a: Mapping[str, float],
-    b: Mapping[str, float],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> PairedDifference:
-    """Mean of a - b over the images that both have a score for, and its bootstrap interval.
+    first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95, resamples: int = 10000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of first - second over the same images, with the ends of its `bootstrap_interval`.
 
-    Args:
-        a, b: image -> score; NaN is no score.
+    An image for which either score is NaN is left out; all three are NaN where none is left.
+
+    Raises:
+        ValueError: unequal lengths, infinite scores, or a setting out of range.
     """
-    differences = np.array([a[image] - b[image] for image in sorted(a.keys() & b.keys())], np.float64)
+    first, second = (np.asarray(scores, dtype=np.float64).ravel() for scores in (first, second))
+    if first.shape != second.shape:
+        raise ValueError(f"{first.size} and {second.size} scores cannot be paired")
+    if np.isinf(first).any() or np.isinf(second).any():
+        raise ValueError("scores must be finite or NaN")
+    differences = first - second
     differences = differences[~np.isnan(differences)]
-    interval = bootstrap_interval(differences, confidence=confidence, resamples=resamples, seed=seed)
-    return PairedDifference(float(differences.mean()) if len(differences) else np.nan, *interval, len(differences))
-
-
-def uniform(height: int, width: int) -> np.ndarray:
-    """The map that knows nothing: (height, width) float64 of ones."""
-    return np.ones((height, width))
+    low, high = bootstrap_interval(differences, confidence=confidence, resamples=resamples, seed=seed)
+    return float(differences.mean()) if differences.size else math.nan, low, high
 
 
 def centre_gaussian(height: int, width: int) -> np.ndarray:
-    """The centre bias of photographs alone: a Gaussian with a std of a quarter of each side, (height, width), 0…1."""
-    vertical, horizontal = (np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 4)) ** 2) for n in (height, width))
+    """The centre bias alone: (height, width) float64 in 0…1, a Gaussian whose std is a quarter of each side."""
+    vertical, horizontal = (
+        np.exp(-0.5 * ((np.arange(size) - (size - 1) / 2) / (size / 4)) ** 2) for size in (height, width)
+    )
     return np.outer(vertical, horizontal)
 
 
 def spectral_residual(rgb: np.ndarray, blur: float = 0.03) -> np.ndarray:
-    """Spectral-residual saliency (Hou & Zhang, CVPR 2007) of (H, W, 3) uint8 RGB: map (H, W) float64, from 0 up.
+    """Spectral residual saliency (Hou & Zhang, CVPR 2007, Eq. 7-10) of (H, W, 3) uint8: (H, W) float64, not scaled.
 
-    What the log amplitude spectrum of the image at 64×64 has beyond its own 3×3 average, transformed back with the
-    image's phase, smoothed, squared, enlarged. The choices that the paper leaves open are OpenCV's
-    (`StaticSaliencySpectralResidual`): grey rounded to bytes, bilinear sampling, a 5×5 Gaussian with σ = 8 before
-    the square (the paper has σ = 8 after it), maximum 1 before the enlargement.
+    The grey image is averaged down to 64×64; of its log amplitude spectrum the 3×3 mean is taken away; the result,
+    back in the image domain with the phase kept, is squared, blurred by `blur` times the side (0: not at all) and
+    enlarged bilinearly. A constant image gives 0 everywhere.
 
-    Args:
-        blur: std of a last Gaussian blur as a fraction of height and width; 0 for none.
+    Raises:
+        ValueError: not (H, W, 3) uint8, or a negative blur.
     """
     rgb = np.asarray(rgb)
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8 or not rgb.size:
-        raise ValueError(f"an image is (H, W, 3) uint8, not {rgb.shape} {rgb.dtype}")
-    if not 0 <= blur <= 1:
-        raise ValueError(f"blur is a fraction of the image's sides, not {blur}")
+        raise ValueError(f"an image (H, W, 3) uint8 is needed, not {rgb.shape} {rgb.dtype}")
+    if not (math.isfinite(blur) and blur >= 0):
+        raise ValueError(f"blur must not be negative, not {blur}")
     height, width = rgb.shape[:2]
-    grey = np.rint(rgb @ np.array([0.299, 0.587, 0.114]))  # (H, W)
-    small = np.rint(_bilinear(RESIDUAL_SIDE, height) @ grey @ _bilinear(RESIDUAL_SIDE, width).T)  # (64, 64)
-    if small.min() == small.max():
-        return np.zeros((height, width))  # one colour: nothing stands out
+    grey = rgb @ np.array([0.299, 0.587, 0.114])  # (H, W), ITU-R BT.601
+    if np.ptp(grey) == 0:
+        return np.zeros((height, width))
+    small = _area_weights(height, SPECTRAL_SIZE) @ grey @ _area_weights(width, SPECTRAL_SIZE).T  # (64, 64)
     spectrum = np.fft.fft2(small)
     amplitude = np.abs(spectrum)
-    logarithm = np.log(np.maximum(amplitude, amplitude.max() * np.finfo(np.float64).eps))
-    residual = logarithm - uniform_filter(logarithm, 3, mode="mirror")
-    signal = np.abs(np.fft.ifft2(np.exp(residual + 1j * np.angle(spectrum))))
-    kernel = np.exp(-(np.arange(-2, 3) ** 2) / (2 * 8**2))
-    for axis in (0, 1):
-        signal = correlate1d(signal, kernel / kernel.sum(), axis=axis, mode="mirror")
-    signal = signal**2 / (signal**2).max()
-    enlarge = [_bilinear(n, RESIDUAL_SIDE) for n in (height, width)]  # (H, 64), (W, 64)
-    if blur:  # the blur is linear and separable: it may act on the enlargement itself
-        enlarge = [gaussian_filter1d(m, blur * n, axis=0) for m, n in zip(enlarge, (height, width), strict=True)]
-    return enlarge[0] @ signal @ enlarge[1].T  # (H, W)
+    log_amplitude = np.log(np.maximum(amplitude, np.finfo(float).eps * amplitude.max()))  # zeros have no logarithm
+    residual = log_amplitude - uniform_filter(log_amplitude, 3, mode="nearest")
+    squared = np.abs(np.fft.ifft2(np.exp(residual + 1j * np.angle(spectrum)))) ** 2
+    if blur:
+        squared = gaussian_filter(squared, blur * SPECTRAL_SIZE)
+    return _linear_weights(SPECTRAL_SIZE, height) @ squared @ _linear_weights(SPECTRAL_SIZE, width).T  # (H, W)
 
 
-def _bilinear(size: int, source: int) -> np.ndarray:
-    """Matrix (size, source) that samples a signal of `source` values at `size` places, centres aligned, no filter."""
-    position = np.clip((np.arange(size) + 0.5) * source / size - 0.5, 0, source - 1)
-    left = position.astype(np.intp)
-    matrix = np.zeros((size, source))
-    matrix[np.arange(size), left] = 1 - (position - left)
-    matrix[np.arange(size), np.minimum(left + 1, source - 1)] += position - left
-    return matrix
+def _area_weights(size: int, cells: int) -> np.ndarray:
+    """(cells, size): each row averages the part of a line of `size` pixels that lies in one of `cells` equal cells."""
+    edges = np.arange(cells + 1) * (size / cells)
+    pixels = np.arange(size)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return np.maximum(overlap, 0) * (cells / size)
 
 
-def _check(saliency: ArrayLike, x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The map as an array, and rows and columns of its fixations."""
-    saliency = np.asarray(saliency)
-    if saliency.ndim != 2 or not saliency.size or saliency.dtype.kind not in "biuf":
-        raise ValueError(f"a map is a real (H, W) array, not {saliency.shape} {saliency.dtype}")
-    if not (np.isfinite(saliency.min()) and np.isfinite(saliency.max())):
-        raise ValueError("the map has values that are not finite")
-    return saliency, *_pixels(saliency.shape, x, y)
+def _linear_weights(cells: int, size: int) -> np.ndarray:
+    """(size, cells): linear interpolation between the centres of `cells` cells, at the centres of `size` pixels."""
+    centres = ((np.arange(size) + 0.5) * (cells / size) - 0.5).clip(0, cells - 1)
+    return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(cells)))
 
 
-def _pixels(shape: tuple[int, ...], x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of fixations on a map (H, W)."""
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if x.ndim != 1 or x.shape != y.shape:
-        raise ValueError(f"fixations are two lists of the same length, not arrays {x.shape} and {y.shape}")
-    height, width = shape
-    outside = np.count_nonzero(~((x >= 0) & (x < width) & (y >= 0) & (y < height)))
-    if outside:
-        raise ValueError(f"{outside} of {len(x)} fixations are not within the map of {width}×{height} pixels")
-    return y.astype(np.intp), x.astype(np.intp)
+def _check_map(saliency: ArrayLike) -> np.ndarray:
+    """The map as (H, W) float32 or float64.
 
-
-def _rank_score(positives: np.ndarray, negatives: np.ndarray) -> float:
-    """Mann-Whitney: how often a positive exceeds a negative, ties one half; exact counts, rounded once.
-
-    Sorting all negatives is as fast as anything exact here: numpy sorts numbers with vector instructions.
+    Raises:
+        ValueError: not two-dimensional, empty, not real numbers, or NaN or infinities in it.
     """
+    values = np.asarray(saliency)
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"a map (H, W) is needed, not an array of shape {values.shape}")
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"a map of real numbers is needed, not of {values.dtype}")
+    if values.dtype not in (np.float32, np.float64):
+        values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("the map holds NaN or infinities")
+    return values
+
+
+def _pixels(shape: Sequence[int], x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns (K,) int64 of fixations in an image of shape (H, W).
+
+    Raises:
+        ValueError: unequal lengths, coordinates not finite, or outside.
+    """
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(f"fixations need x and y of one length, not of shapes {x.shape} and {y.shape}")
+    height, width = shape
+    outside = ~((x >= 0) & (x < width) & (y >= 0) & (y < height))  # NaN is outside too
+    if outside.any():
+        raise ValueError(f"{outside.sum()} of {x.size} fixations lie outside the map of {width}×{height} pixels")
+    return y.astype(np.int64), x.astype(np.int64)
+
+
+def _mean_rank(positives: np.ndarray, negatives: np.ndarray) -> float:
+    """Mean over the positives of the share of negatives below, ties one half: the area under the ROC curve."""
     if not positives.size or not negatives.size:
-        return np.nan
-    ordered = np.sort(negatives, axis=None)
-    below = int(np.searchsorted(ordered, positives, side="left").sum())
-    up_to = int(np.searchsorted(ordered, positives, side="right").sum())
-    return (below + up_to) / (2 * positives.size * negatives.size)
+        return math.nan
+    ordered = np.sort(negatives)
+    below = np.searchsorted(ordered, positives, side="left")
+    not_above = np.searchsorted(ordered, positives, side="right")
+    return float((below + not_above).mean() / (2 * ordered.size))
 
 
-def _scale(values: np.ndarray) -> np.ndarray:
-    """As float64 with a largest absolute value of 1, so that sums and squares neither overflow nor vanish."""
-    values = values.astype(np.float64)
-    largest = max(-values.min(), values.max())
-    return values / largest if largest else values
+def _rescaled(values: np.ndarray) -> np.ndarray:
+    """float64; extreme values times a power of two, which is exact, so that no square over- or underflows."""
+    values = values.astype(np.float64, copy=False)
+    exponent = int(np.frexp(max(values.max(), -values.min()))[1])
+    return values if abs(exponent) < 300 else np.ldexp(values, -exponent)
 
 
-def _standardise(values: np.ndarray) -> np.ndarray:
-    """Mean 0, population std 1; zeros for a constant map, whatever rounding does to its mean."""
-    values = _scale(values)
-    if values.min() == values.max():
+def _standardised(values: np.ndarray) -> np.ndarray:
+    """Mean 0, population std 1, float64; a constant map becomes 0."""
+    if values.max() == values.min():  # its std need not round to 0
         return np.zeros(values.shape)
-    return (values - values.mean()) / values.std()
+    values = _rescaled(values)
+    values = values - values.mean()
+    return values / values.std()
 
 
 def _density(values: np.ndarray) -> np.ndarray:
-    """Made non-negative and to sum to 1; uniform where that leaves nothing."""
-    values = _scale(values)
-    values = values - min(values.min(), 0.0)
+    """Scaled to sum 1; a map with negative values is first shifted to minimum 0, and 0 everywhere becomes uniform."""
+    values = _rescaled(values)
+    if values.min() < 0:
+        values = values - values.min()
     total = values.sum()
-    return values / total if total else np.full(values.shape, 1 / values.size)
+    return values / total if total > 0 else np.full(values.shape, 1 / values.size)
 
 
-def _correlation(saliency: np.ndarray, fixated: np.ndarray) -> float:
-    """CC of two maps; NaN where the second is empty."""
-    if not fixated.any():
-        return np.nan
-    return float((_standardise(saliency) * _standardise(fixated)).mean())
+def _correlation(values: np.ndarray, target: np.ndarray) -> float:
+    return float(np.vdot(_standardised(values), _standardised(target)) / values.size)
 
 
-def _intersection(saliency: np.ndarray, fixated: np.ndarray) -> float:
-    """SIM of two maps; NaN where the second is empty."""
-    if not fixated.any():
-        return np.nan
-    return float(np.minimum(_density(saliency), _density(fixated)).sum())
+def _intersection(values: np.ndarray, target: np.ndarray) -> float:
+    return float(np.minimum(_density(values), _density(target)).sum())
 
 
-def _divergence(saliency: np.ndarray, fixated: np.ndarray) -> float:
-    """KLD of the second map from the first; NaN where the second is empty."""
-    if not fixated.any():
-        return np.nan
-    p, q = _density(fixated), _density(saliency)
-    return float((p * np.log(KLD_FLOOR + p / (q + KLD_FLOOR))).sum())
-
-
-def _blurred(shape: tuple[int, ...], rows: np.ndarray, columns: np.ndarray, sigma: float) -> np.ndarray:
-    """Blurred counts (H, W) = (H, r) (r, c) (c, W), r and c the rows and columns that have fixations."""
-    used_rows, row = np.unique(rows, return_inverse=True)
-    used_columns, column = np.unique(columns, return_inverse=True)
-    counts = np.zeros((len(used_rows), len(used_columns)))
-    np.add.at(counts, (row, column), 1)
-    return _impulses(used_rows, shape[0], sigma).T @ counts @ _impulses(used_columns, shape[1], sigma)
-
-
-def _impulses(positions: np.ndarray, length: int, sigma: float) -> np.ndarray:
-    """Gaussian-blurred unit impulses (n, length), the signal reflected at its ends (d c b a | a b c d | d c b a)."""
-    if not 0 < sigma <= SIGMA_LIMIT:
-        raise ValueError(f"sigma is in pixels, above 0 and at most {SIGMA_LIMIT:.0f}, not {sigma}")
-    radius = int(4 * sigma + 0.5)
-    offsets = np.arange(-radius, radius + 1)
-    kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
-    period = 2 * length  # of the reflected signal, in which the impulse at p recurs at -1 - p
-    folded = np.bincount(offsets % period, weights=kernel / kernel.sum(), minlength=period)
-    place = np.arange(length)
-    p = positions[:, None]
-    return folded[(place - p) % period] + folded[(place + p + 1) % period]  # (n, length)
+def _divergence(values: np.ndarray, target: np.ndarray) -> float:
+    p, q = _density(values), _density(target)
+    return float((q * np.log(KLD_EPSILON + q / (p + KLD_EPSILON))).sum())

@@ -1,59 +1,50 @@
-"""Human fixations and saliency maps from files, checked against the images that were looked at.
+"""Human fixations in: CSV files, and the MATLAB files of the OSIE and Toronto data sets.
 
-Formats: CSV; `fixations.mat` of OSIE (Xu et al. 2014); `origfixdata.mat` of Toronto (Bruce & Tsotsos 2005). The data
-set MIT1003 publishes raw gaze samples, from which its authors' Matlab code finds the fixations: convert it to CSV.
+Coordinates are pixels from the left and top edge and are kept as the file states them (no shift from MATLAB's count
+from 1, as in the MIT/Tübingen benchmark). What a reader does with
 
-Coordinates are pixels from the top left corner, as the data sets give them; (x, y) lies on the pixel in row floor(y),
-column floor(x). Fixations outside their image are dropped and counted. No file is unpickled, and what a file may make
-this module allocate is bounded.
+- a fixation outside its image (x not in [0, width) or y not in [0, height)): dropped, counted in `outside`;
+- a coordinate NaN or infinite, as trackers write lost samples: dropped, counted in `not_finite`;
+- a fixation on an image that is not among the stimuli: left out, counted in `unknown`, so that a subset of the images
+  can be evaluated; if no image at all is known, it raises;
+- an image without fixations: kept, its scores are NaN;
+- repeated fixations: kept.
+
+MATLAB files are read here, not with scipy's `loadmat`: a file with deeply nested cells crashes that one, and a small
+compressed one may claim any memory. Only what these data sets consist of is read: numbers, text, cells and structures.
 """
 
 import csv
-import os
+import math
 import struct
-import warnings
 import zlib
-from array import array
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from models.errors import UserError
+from models.fixation_metrics import fixations_elsewhere
+from pipeline.images import read_rgb
 
-CSV_COLUMNS = ("image", "subject", "x", "y")
-CSV_LIMIT = 1 << 28  # bytes; the largest public data sets have a tenth
 UNKNOWN_SUBJECT = -1
-ORIENTATION_TAG, TURNED = 0x0112, (5, 6, 7, 8)  # EXIF; these orientations exchange height and width
-
-MAT_LIMIT = 1 << 29  # bytes of one variable, unpacked
-MAT_ARRAYS = 1 << 20  # arrays nested in one variable
-MAT_DEPTH = 12
-MAT_MATRIX, MAT_COMPRESSED = 14, 15  # data types that are not plain numbers
-MAT_CELL, MAT_STRUCT, MAT_CHAR, MAT_NUMERIC, MAT_COMPLEX = 1, 2, 4, range(6, 16), 0x0800  # classes, a flag
-MAT_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
-MAT_TEXT = {1: "latin-1", 2: "latin-1", 4: "utf-16", 16: "utf-8", 17: "utf-16"}
-DAMAGED = (ValueError, struct.error, zlib.error, IndexError, KeyError, OverflowError, MemoryError)
-
-Stimuli = dict[str, tuple[int, int]]
+COLUMNS = ("image", "subject", "x", "y")
+MATLAB_LIMIT = 1 << 30  # bytes that one variable may unpack to
+MATLAB_DEPTH = 8  # cells and structures within one another; OSIE's file has 5
+ROTATED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+Row = tuple[str, int, float, float]  # image, subject, x, y
 
 
 @dataclass(frozen=True, eq=False)
 class Fixations:
-    """Fixations of several people on several images, sorted by image.
+    """Fixations on a set of images.
 
-    Args:
-        names: file names of all images, sorted, those without fixations included.
-        sizes: height and width of each, (N, 2) int64.
-        image_index: which image, (M,) int64, ascending.
-        x, y: pixels, (M,) float64, inside the image.
-        subject: a number for each person, (M,) int64; -1 where unknown.
-        dropped: how many further fixations lay outside their image.
-        ignored: how many further fixations were on images that are not there.
+    names: N images; sizes (N, 2) int64, height and width; image_index (K,) int64, the image of each fixation in
+    0…N-1; x, y (K,) float64 in pixels, inside their image; subject (K,) int64, -1 unknown. outside, not_finite and
+    unknown count what the reader left out (see the module). The arrays are read-only.
     """
 
     names: tuple[str, ...]
@@ -62,336 +53,399 @@ class Fixations:
     x: np.ndarray
     y: np.ndarray
     subject: np.ndarray
-    dropped: int = 0
-    ignored: int = 0
+    outside: int = 0
+    not_finite: int = 0
+    unknown: int = 0
 
-    def of(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x, y and subject of the fixations on one image, in the file's order; empty where it has none."""
-        start, end = np.searchsorted(self.image_index, [index, index + 1])
-        return self.x[start:end], self.y[start:end], self.subject[start:end]
+    def __post_init__(self) -> None:
+        for array in (self.sizes, self.image_index, self.x, self.y, self.subject):
+            array.setflags(write=False)
 
-    def others(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """x and y of the fixations on all other images, scaled to this image's size; repeats are kept."""
-        start, end = np.searchsorted(self.image_index, [index, index + 1])
-        keep = np.r_[0:start, end : len(self.image_index)]
-        size = self.sizes[index]
-        scaled = []
-        for side, values in ((1, self.x), (0, self.y)):
-            factor = size[side] / self.sizes[self.image_index[keep], side]
-            scaled.append(np.minimum(values[keep] * factor, np.nextafter(size[side], 0)))  # rounding may reach the edge
-        return scaled[0], scaled[1]
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def of_image(self, image: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """x, y and subject (K',) of one image, in the order of the file."""
+        own = self.image_index == image
+        return self.x[own], self.y[own], self.subject[own]
+
+    def elsewhere(self, image: int) -> tuple[np.ndarray, np.ndarray]:
+        """x, y (M,) of all fixations on all other images, scaled to this one: the negatives of the shuffled AUC."""
+        return fixations_elsewhere(self.image_index, self.x, self.y, self.sizes, image)
+
+    def images_without(self) -> tuple[str, ...]:
+        """Names of the images that nobody looked at."""
+        counts = np.bincount(self.image_index, minlength=len(self.names))
+        return tuple(name for name, count in zip(self.names, counts, strict=True) if not count)
 
 
-def list_stimuli(folder: Path) -> Stimuli:
-    """Height and width of all images below a folder, by path relative to it, sorted; only headers are read.
-
-    Sizes are those of the image as `pipeline.images.read_rgb` gives it: turned as its EXIF orientation says.
+def image_sizes(files: Iterable[Path]) -> dict[str, tuple[int, int]]:
+    """File name -> (height, width) as `read_rgb` gives them, from the headers alone.
 
     Raises:
-        UserError: no folder, no images, or one that cannot be read.
+        UserError: not an image, two files of one name, or none.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give the folder of the images that people looked at")
-    extensions = Image.registered_extensions()
-    paths = [Path(parent) / name for parent, _, files in os.walk(folder) for name in files]
-    names = {
-        path.relative_to(folder).as_posix(): path
-        for path in paths
-        if path.suffix.lower() in extensions and not path.name.startswith(".")
-    }
-    if not names:
-        raise UserError(f"{folder} holds no images: give the folder of the images that people looked at")
-    return {name: _image_size(names[name]) for name in sorted(names)}
+    sizes: dict[str, tuple[int, int]] = {}
+    for file in files:
+        if file.name in sizes:
+            raise UserError(f"two stimuli are called {file.name}: fixations name images by file name, so rename one")
+        sizes[file.name] = _image_size(file)
+    if not sizes:
+        raise UserError("no stimuli: give image files or a folder of them")
+    return sizes
 
 
-def _image_size(path: Path) -> tuple[int, int]:
+def _image_size(file: Path) -> tuple[int, int]:
+    from PIL import ExifTags, Image
+
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                width, height = image.size
-                turned = image.getexif().get(ORIENTATION_TAG) in TURNED
-    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
-        raise UserError(f"{path} cannot be read as an image ({type(error).__name__}): mend or remove it") from None
-    return (width, height) if turned else (height, width)
+        with Image.open(file) as image:
+            width, height = image.size
+            rotated = image.getexif().get(ExifTags.Base.Orientation) in ROTATED
+    except Exception:  # a header that Pillow chokes on: the reader of images says what is wrong
+        height, width = read_rgb(file).shape[:2]
+        return height, width
+    return (width, height) if rotated else (height, width)
 
 
-def read_fixations(path: Path, stimuli: Stimuli, *, ignore_unknown: bool = False) -> Fixations:
-    """Fixations of a .csv, or of a .mat of OSIE (variable `fixations`) or Toronto (`white`).
+def read_fixations(path: Path, stimuli: Mapping[str, tuple[int, int]]) -> Fixations:
+    """Fixations from a .csv file or from OSIE's or Toronto's .mat file, told apart by name and content.
+
+    Raises:
+        UserError: as the three readers, or another kind of file.
+    """
+    if path.suffix.lower() == ".csv":
+        return read_csv(path, stimuli)
+    if path.suffix.lower() != ".mat":
+        raise UserError(f"{path} is not a table of fixations: give a .csv file, or OSIE's or Toronto's .mat file")
+    variables = _read_matlab(path)
+    if "fixations" in variables:
+        return _collect(path, _osie_rows(path, variables["fixations"]), stimuli)
+    if "white" in variables:
+        return _collect(path, _toronto_rows(path, variables["white"], stimuli), stimuli)
+    raise UserError(
+        f"{path} holds neither the variable fixations (OSIE) nor white (Toronto): give one of these, or a .csv file"
+    )
+
+
+def read_csv(path: Path, stimuli: Mapping[str, tuple[int, int]]) -> Fixations:
+    """Fixations from a UTF-8 table with a header and the columns image, subject, x, y; others are ignored.
 
     Args:
-        stimuli: what `list_stimuli` gives.
-        ignore_unknown: count fixations on images that are not among the stimuli instead of refusing them.
+        path: the file. image: file name of a stimulus, its folder left out, or the name without extension where that
+            is unambiguous; subject: whole number, -1 or empty where unknown; x, y: pixels. A duration_ms may be
+            there: every fixation counts the same, as in the benchmark.
+        stimuli: image name -> (height, width); its order gives the image indices.
 
     Raises:
-        UserError: as `read_csv`, `read_osie` and `read_toronto`; none of these formats.
+        UserError: no such file, not a text table, a column missing or twice, a number that is none, no image known.
     """
-    path = Path(path)
-    if path.suffix.lower() == ".csv":
-        return read_csv(path, stimuli, ignore_unknown=ignore_unknown)
-    if path.suffix.lower() != ".mat":
-        raise UserError(f"{path} is neither .csv nor .mat: give a CSV with the columns {', '.join(CSV_COLUMNS)}")
-    found = {name for name, _ in _mat_variables(path)}
-    for variable, read in (("fixations", read_osie), ("white", read_toronto)):
-        if variable in found:
-            return read(path, stimuli, ignore_unknown=ignore_unknown)
-    raise UserError(f"{path} has no variable 'fixations' (OSIE) or 'white' (Toronto): convert it to CSV")
+    return _collect(path, _csv_rows(path), stimuli)
 
 
-def read_csv(path: Path, stimuli: Stimuli, *, ignore_unknown: bool = False) -> Fixations:
-    """Fixations of a comma-separated file in UTF-8 with a header line.
-
-    The columns image, subject, x, y are read in any order, others (duration_ms) are passed over. `image` is a path
-    relative to the folder of stimuli; `subject` is any label, empty or -1 where unknown; x and y are finite numbers.
-
-    Raises:
-        UserError: not readable as such, with the line; an image not among the stimuli; no fixation inside an image.
-    """
-    path = Path(path)
-    _check_file(path, CSV_LIMIT)
-    points = _Points(path)
+def _csv_rows(path: Path) -> Iterator[Row]:
+    """One row per line of the table; a UserError names the line."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give a table of fixations with the columns {', '.join(COLUMNS)}")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for line, (image, subject, x, y) in _csv_rows(path, file):
-                points.add(image, subject.strip(), _number(path, line, "x", x), _number(path, line, "y", y))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV file in UTF-8 ({error}): export it as one") from None
-    return points.finish(stimuli, ignore_unknown)
+            table = csv.reader(file, strict=True)
+            header = [name.strip() for name in next(table, [])]
+            places = _columns(path, header)
+            for cells in table:
+                if not any(cell.strip() for cell in cells):
+                    continue
+                if len(cells) != len(header):
+                    raise UserError(
+                        f"{path}, line {table.line_num}: {len(cells)} values under {len(header)} columns: mend the line"
+                    )
+                yield _parse_row(f"{path}, line {table.line_num}", [cells[place].strip() for place in places])
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a table of comma-separated values in UTF-8 ({error}): mend it") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _csv_rows(path: Path, file: Any) -> Iterator[tuple[int, list[str]]]:
-    """Line numbers and the four fields of CSV_COLUMNS."""
-    reader = csv.reader(file, strict=True)
-    header = [name.strip() for name in next(reader, [])]
-    for column in CSV_COLUMNS:
-        if header.count(column) != 1:
-            what = "no" if column not in header else "more than one"
-            raise UserError(
-                f"{path} has {what} column {column!r} in its first line: "
-                f"give a comma-separated file with the columns {', '.join(CSV_COLUMNS)}"
-            )
-    places = [header.index(column) for column in CSV_COLUMNS]
-    for row in reader:
-        if not row:
-            continue
-        if len(row) != len(header):
-            raise UserError(f"{path} line {reader.line_num} has {len(row)} fields, its header {len(header)}: mend it")
-        yield reader.line_num, [row[place] for place in places]
+def _columns(path: Path, header: list[str]) -> list[int]:
+    missing = [name for name in COLUMNS if name not in header]
+    if missing:
+        raise UserError(f"{path} lacks the column {', '.join(missing)}: its first line must name {', '.join(COLUMNS)}")
+    twice = [name for name in COLUMNS if header.count(name) > 1]
+    if twice:
+        raise UserError(f"{path} has the column {twice[0]} twice: leave one out")
+    return [header.index(name) for name in COLUMNS]
 
 
-def _number(path: Path, line: int, column: str, text: str) -> float:
+def _parse_row(place: str, cells: list[str]) -> Row:
+    image, subject, x, y = cells
     try:
-        value = float(text)
+        number = int(subject) if subject else UNKNOWN_SUBJECT
+        if not UNKNOWN_SUBJECT <= number < 2**63:
+            raise ValueError
     except ValueError:
-        value = np.nan
-    if not np.isfinite(value) or "_" in text:  # Python reads 1_0 as 10
-        raise UserError(f"{path} line {line}: {column} is {text[:40]!r}, not a finite number: mend or remove the line")
+        raise UserError(f"{place}: subject {subject[:40]!r} must be a whole number from 0, or empty") from None
+    coordinates = []
+    for name, cell in (("x", x), ("y", y)):
+        try:
+            coordinates.append(float(cell))
+        except ValueError:
+            raise UserError(f"{place}: {name} {cell[:40]!r} is not a number: give pixels, or NaN if lost") from None
+    return image, number, *coordinates
+
+
+def _collect(path: Path, rows: Iterable[Row], stimuli: Mapping[str, tuple[int, int]]) -> Fixations:
+    """Rows -> Fixations: image names looked up, lost and outside fixations left out and counted.
+
+    Raises:
+        UserError: no rows, or no row of a known image.
+    """
+    names = list(stimuli)
+    sizes = np.array(list(stimuli.values()), dtype=np.int64).reshape(-1, 2)
+    index = _name_index(names)
+    kept: list[tuple[int, int, float, float]] = []
+    example, unknown = "", 0
+    for image, subject, x, y in rows:
+        number = index.get(Path(image.replace("\\", "/")).name)
+        if number is None:
+            example, unknown = image, unknown + 1
+        else:
+            kept.append((number, subject, x, y))
+    if not kept:
+        if not unknown:
+            raise UserError(f"{path} holds no fixations: give another file")
+        raise UserError(
+            f"{path} names none of the {len(names)} stimuli (but {example[:60]!r}): give the images it means"
+        )
+    image_index, subject = np.array([row[:2] for row in kept], dtype=np.int64).T  # (K,) each
+    x, y = np.array([row[2:] for row in kept], dtype=np.float64).T
+    finite = np.isfinite(x) & np.isfinite(y)
+    height, width = sizes[image_index].T
+    inside = finite & (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    return Fixations(
+        names=tuple(names),
+        sizes=sizes,
+        image_index=image_index[inside],
+        x=x[inside],
+        y=y[inside],
+        subject=subject[inside],
+        outside=int((finite & ~inside).sum()),
+        not_finite=int((~finite).sum()),
+        unknown=unknown,
+    )
+
+
+def _name_index(names: list[str]) -> dict[str, int]:
+    """File names, and those names without extension that are unambiguous, to places in the list."""
+    stems = [Path(name).stem for name in names]
+    counts = Counter(stems)
+    index = {stem: place for place, stem in enumerate(stems) if counts[stem] == 1}
+    return index | {name: place for place, name in enumerate(names)}
+
+
+def read_osie_mat(path: Path, stimuli: Mapping[str, tuple[int, int]]) -> Fixations:
+    """Fixations of OSIE (Xu et al., Journal of Vision 2014), its `fixations.mat`: all people, numbered from 0.
+
+    Variable `fixations`: a cell array of structures per image: `img`, the file name, and `subjects`, a cell array of
+    structures with `fix_x`, `fix_y` (and `fix_duration`, not used).
+
+    Raises:
+        UserError: no such file, not a MATLAB 5-7 file, damaged, built otherwise, or no image known.
+    """
+    return _collect(path, _osie_rows(path, _variable(path, "fixations")), stimuli)
+
+
+def _osie_rows(path: Path, images: Any) -> Iterator[Row]:
+    for image in _cells(path, images, "fixations"):
+        name = _field(path, image, "img", str)
+        for number, person in enumerate(_cells(path, _field(path, image, "subjects", list), "subjects")):
+            x, y = (_field(path, person, field, np.ndarray).ravel() for field in ("fix_x", "fix_y"))
+            if x.size != y.size:
+                raise UserError(f"{path}: {x.size} fix_x and {y.size} fix_y for {name[:60]!r}: give OSIE's own file")
+            for column, row in zip(x.tolist(), y.tolist(), strict=True):
+                yield name, number, float(column), float(row)
+
+
+def read_toronto_mat(path: Path, stimuli: Mapping[str, tuple[int, int]]) -> Fixations:
+    """Fixations of Toronto (Bruce & Tsotsos, NIPS 2005), its `origfixdata.mat`; the subjects are unknown.
+
+    Variable `white`: a cell array of binary maps (H, W), the n-th (from 1) of the image `n.jpg`. A pixel that is not 0
+    is one fixation, at the pixel's own row and column.
+
+    Raises:
+        UserError: no such file, not a MATLAB 5-7 file, damaged, built otherwise, a map of another size than its
+            image, or no image known.
+    """
+    return _collect(path, _toronto_rows(path, _variable(path, "white"), stimuli), stimuli)
+
+
+def _toronto_rows(path: Path, maps: Any, stimuli: Mapping[str, tuple[int, int]]) -> Iterator[Row]:
+    names = list(stimuli)
+    index = _name_index(names)
+    for number, values in enumerate(_cells(path, maps, "white"), start=1):
+        if not isinstance(values, np.ndarray) or values.ndim != 2 or np.isnan(values).any():
+            raise UserError(f"{path}: map {number} is not a binary map: give Toronto's own file")
+        place = index.get(str(number))
+        if place is not None and tuple(stimuli[names[place]]) != values.shape:
+            height, width = stimuli[names[place]]
+            raise UserError(
+                f"{path}: map {number} has {values.shape[1]}×{values.shape[0]} pixels and {names[place]} "
+                f"{width}×{height}: give the images at their own size"
+            )
+        for row, column in np.argwhere(values != 0).tolist():
+            yield str(number), UNKNOWN_SUBJECT, float(column), float(row)
+
+
+def _variable(path: Path, name: str) -> Any:
+    variables = _read_matlab(path)
+    if name not in variables:
+        found = ", ".join(sorted(variables)[:5]) or "none"
+        raise UserError(f"{path} holds no variable {name} (but {found[:80]!r}): give the data set's own file")
+    return variables[name]
+
+
+def _cells(path: Path, value: Any, name: str) -> list:
+    if not isinstance(value, list):
+        raise UserError(f"{path}: {name} is not a cell array: give the data set's own file")
     return value
 
 
-def read_osie(path: Path, stimuli: Stimuli, *, ignore_unknown: bool = False) -> Fixations:
-    """Fixations of OSIE's `fixations.mat`: a cell per image with `img` and a cell `subjects` of fix_x, fix_y.
-
-    Subjects are numbered by their place in the cell.
-
-    Raises:
-        UserError: not such a file; an image not among the stimuli; no fixation inside an image.
-    """
-    path = Path(path)
-    points = _Points(path)
-    try:
-        for image in _mat_variable(path, "fixations"):
-            (image,) = image
-            for number, (person,) in enumerate(image["subjects"]):
-                x, y = np.ravel(person["fix_x"]), np.ravel(person["fix_y"])
-                if not isinstance(image["img"], str) or x.shape != y.shape or not np.isfinite([x, y]).all():
-                    raise ValueError(f"image {len(points.images)}, subject {number}: no name, or no finite x and y")
-                for one in zip(x.tolist(), y.tolist(), strict=True):
-                    points.add(image["img"], str(number), *one)
-    except (*DAMAGED, TypeError) as error:
-        raise UserError(f"{path} is not OSIE's fixations.mat ({_brief(error)}): download it again") from None
-    return points.finish(stimuli, ignore_unknown)
+def _field(path: Path, structure: Any, name: str, kind: type) -> Any:
+    value = structure.get(name) if isinstance(structure, dict) else None
+    if kind is not list and isinstance(value, list) and not value:
+        value = kind()
+    if not isinstance(value, kind):
+        raise UserError(
+            f"{path}: an entry lacks the field {name}, or it is of another kind: give the data set's own file"
+        )
+    return value
 
 
-def read_toronto(path: Path, stimuli: Stimuli, *, ignore_unknown: bool = False) -> Fixations:
-    """Fixations of Toronto's `origfixdata.mat`: in the cell `white` a binary map for each of 1.jpg, 2.jpg, …
+# MATLAB 5-7 files ("MAT-File Format", MathWorks): a header of 128 bytes, then elements of a tag and data; an array is
+# an element of elements. The numbers below are the format's own.
+NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+TEXTS = {1: "latin-1", 2: "latin-1", 16: "utf-8"}
+WIDE_TEXTS = {4: "utf-16", 17: "utf-16", 18: "utf-32"}  # in the file's byte order
+ARRAY, COMPRESSED = 14, 15
+CELL, STRUCTURE, TEXT = 1, 2, 4
+NUMERIC = range(6, 16)
 
-    Who looked is not known, and two fixations on one pixel are one.
+
+def _read_matlab(path: Path) -> dict[str, Any]:
+    """Variables of a MATLAB 5-7 file: numbers as arrays, text as str, cells as lists, structures as dicts.
 
     Raises:
-        UserError: not such a file; a map not of its image's size; an image not among the stimuli.
+        UserError: no such file, of another version, damaged, or with contents of other kinds.
     """
-    path = Path(path)
-    points = _Points(path)
-    try:
-        for number, fixated in enumerate(_mat_variable(path, "white"), 1):
-            name = f"{number}.jpg"
-            if not isinstance(fixated, np.ndarray) or fixated.ndim != 2 or not np.isfinite(fixated).all():
-                raise ValueError(f"map {number} is no map")
-            if name in stimuli and fixated.shape != stimuli[name]:
-                raise UserError(f"{path}: map {number} is {fixated.shape}, {name} {stimuli[name]}: use Toronto's images")
-            for row, column in zip(*np.nonzero(fixated), strict=True):
-                points.add(name, "", float(column), float(row))
-    except (*DAMAGED, TypeError) as error:
-        raise UserError(f"{path} is not Toronto's origfixdata.mat ({_brief(error)}): download it again") from None
-    return points.finish(stimuli, ignore_unknown)
-
-
-def read_map(path: Path, height: int, width: int) -> np.ndarray:
-    """A saliency map (height, width) for an image of that size: `.npy` of real numbers, or a grey image file.
-
-    Raises:
-        UserError: not readable, another size (nothing is resized), in colour, or with values that are not finite.
-    """
-    path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give one map per image")
-    saliency = _read_npy(path) if path.suffix.lower() == ".npy" else _read_grey(path)
-    if saliency.shape != (height, width):
-        raise UserError(f"{path} is {saliency.shape}, its image ({height}, {width}): make maps of the image's size")
-    saliency = np.array(saliency)
-    if not np.isfinite(saliency).all():
-        raise UserError(f"{path} has values that are not finite: mend the map")
-    return saliency
-
-
-def _read_npy(path: Path) -> np.ndarray:
-    """A memory map, so that only the header is read before the shape is known to be right."""
+        raise UserError(f"{path} does not exist: give the data set's own .mat file")
     try:
-        saliency = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read as an array ({_brief(error)}): write it with numpy.save") from None
-    if not isinstance(saliency, np.ndarray) or saliency.dtype.kind not in "biuf":
-        raise UserError(f"{path} holds no real numbers: write the map with numpy.save")
-    return saliency
+        if path.stat().st_size > MATLAB_LIMIT:
+            raise ValueError(f"more than {MATLAB_LIMIT >> 30} GiB")
+        return dict(_matlab_variables(memoryview(path.read_bytes())))
+    except (ValueError, struct.error, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no MATLAB 5-7 file as expected ({error}): save it anew with -v7") from None
+    except MemoryError:
+        raise UserError(f"{path} does not fit into memory: give the data set's own file") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _read_grey(path: Path) -> np.ndarray:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                saliency = np.asarray(image if image.mode[0] in "LIF1" else image.convert("RGB"))
-    except Exception as error:  # as above
-        raise UserError(f"{path} cannot be read as an image ({_brief(error)}): give .npy or grey PNG maps") from None
-    if saliency.ndim == 3 and saliency.shape[2] == 3 and (saliency == saliency[:, :, :1]).all():
-        return saliency[:, :, 0]
-    if saliency.ndim == 3 and saliency.shape[2] == 2:  # grey with alpha
-        return saliency[:, :, 0]
-    if saliency.ndim != 2:
-        raise UserError(f"{path} is a colour image, not a map: give .npy or grey PNG maps")
-    return saliency
-
-
-class _Points:
-    """Fixations while they are read, 32 bytes each."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.images: dict[str, int] = {}
-        self.people: dict[str, int] = {"": UNKNOWN_SUBJECT, str(UNKNOWN_SUBJECT): UNKNOWN_SUBJECT}
-        self.image, self.subject, self.x, self.y = array("q"), array("q"), array("d"), array("d")
-
-    def add(self, image: str, subject: str, x: float, y: float) -> None:
-        """One fixation; an empty subject is unknown."""
-        self.image.append(self.images.setdefault(image, len(self.images)))
-        self.subject.append(self.people.setdefault(subject, len(self.people) - 2))
-        self.x.append(x)
-        self.y.append(y)
-
-    def finish(self, stimuli: Stimuli, ignore_unknown: bool) -> Fixations:
-        """All of them, checked against the stimuli."""
-        if not self.image:
-            raise UserError(f"{self.path} holds no fixations: give another file")
-        names = tuple(sorted(stimuli))
-        number = {name: index for index, name in enumerate(names)}
-        unknown = [name for name in self.images if name not in number]
-        if unknown and not (ignore_unknown and len(unknown) < len(self.images)):
-            raise UserError(
-                f"{self.path} names {len(unknown)} images that are not among the stimuli, such as {unknown[0][:80]!r} "
-                f"(the first stimulus is {names[0]!r}): give the folder that holds them"
-            )
-        sizes = np.array([stimuli[name] for name in names], np.int64)
-        image = np.array([number.get(name, -1) for name in self.images], np.int64)[np.frombuffer(self.image, np.int64)]
-        x, y = np.frombuffer(self.x), np.frombuffer(self.y)
-        height, width = sizes[image].T
-        inside = (image >= 0) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-        ignored = int(np.count_nonzero(image < 0))
-        if not inside.any():
-            raise UserError(f"{self.path}: none of {len(x)} fixations lies within its image: x and y must be pixels")
-        order = np.flatnonzero(inside)
-        order = order[np.argsort(image[order], kind="stable")]
-        columns = image[order], x[order], y[order], np.frombuffer(self.subject, np.int64)[order]
-        for column in (sizes, *columns):
-            column.setflags(write=False)
-        return Fixations(names, sizes, *columns, dropped=len(x) - len(order) - ignored, ignored=ignored)
-
-
-def _check_file(path: Path, limit: int) -> None:
-    """Raise a UserError unless there is a file of at most `limit` bytes."""
-    if not path.is_file():
-        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: give a file of fixations")
-    if path.stat().st_size > limit:
-        raise UserError(f"{path} is larger than {limit >> 20} MiB: give a file of fixations")
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-
-
-# MATLAB 5-7 files. scipy.io.loadmat trusts the sizes that a file declares; the reader below takes what the two data
-# sets consist of (cells, structs, numbers, text), and allocates no more than the file has bytes for.
-
-
-def _mat_variable(path: Path, name: str) -> Any:
-    """A variable of a .mat: an array, a string, a list (cell, in column order) or a list of dicts (struct).
-
-    Raises:
-        UserError: no such file or variable.
-        ValueError, struct.error, zlib.error, …: damaged, or over the limits of this module.
-    """
-    for found, reader in _mat_variables(path):
-        if found == name:
-            return reader.value()
-    raise UserError(f"{path} has no variable {name!r}: give another file")
-
-
-def _mat_variables(path: Path) -> Iterator[tuple[str, "_MatReader"]]:
-    """Names of all variables, with what reads them."""
-    _check_file(path, MAT_LIMIT)
-    data = memoryview(path.read_bytes())
+def _matlab_variables(data: memoryview) -> Iterator[tuple[str, Any]]:
     order = {b"IM": "<", b"MI": ">"}.get(bytes(data[126:128]))
-    if bytes(data[:10]) == b"MATLAB 7.3" or bytes(data[:4]) == b"\x89HDF":
-        raise UserError(f"{path} is a MATLAB 7.3 file: save it again with -v7, or convert it to CSV")
-    if order is None:
-        raise UserError(f"{path} is not a MATLAB 5-7 file: give another file")
-    at = 128
-    try:
-        while at < len(data):
-            kind, payload, at = _mat_element(data, at, order)
-            if kind == MAT_COMPRESSED:
-                at -= -len(payload) % 8  # compressed elements alone are not padded
-                head = zlib.decompressobj().decompress(payload, 1024)
-                reader = _MatReader(memoryview(head)[8:], order, payload)
-            else:
-                reader = _MatReader(payload, order)
-            yield reader.name, reader
-    except DAMAGED as error:
-        raise UserError(f"{path} is a damaged MATLAB file ({_brief(error)}): download it again") from None
+    if order is None or bytes(data[:19]) != b"MATLAB 5.0 MAT-file":
+        raise ValueError("its header is another")
+    place = 128
+    while place < len(data):
+        kind, content, place = _element(data, place, order)
+        if kind == COMPRESSED:
+            unpacker = zlib.decompressobj()
+            unpacked = unpacker.decompress(content, MATLAB_LIMIT)
+            if unpacker.unconsumed_tail or not unpacker.eof:
+                raise ValueError("a variable is cut off or too large")
+            kind, content, _ = _element(memoryview(unpacked), 0, order)
+        if kind != ARRAY:
+            raise ValueError(f"an element of kind {kind}")
+        yield _array(content, order, 1)
 
 
-def _mat_element(data: memoryview, at: int, order: str) -> tuple[int, memoryview, int]:
-    """Type and bytes of the element at a place, and the place of the next."""
-    (kind,) = struct.unpack_from(f"{order}I", data, at)
-    if kind >> 16:  # at most four bytes, packed into the tag
-        start, count, following = at + 4, kind >> 16, at + 8
-        if count > 4:
-            raise ValueError("an element of impossible size")
+def _element(data: memoryview, place: int, order: str) -> tuple[int, memoryview, int]:
+    """Kind and content of the element at `place`, and the place after it."""
+    kind, size = struct.unpack_from(order + "II", data, place)
+    if kind >> 16:  # up to 4 bytes sit in the tag itself
+        kind, size, start, end = kind & 0xFFFF, kind >> 16, place + 4, place + 8
+        if size > 4:
+            raise ValueError("a short element is too long")
     else:
-        (count,) = struct.unpack_from(f"{order}I", data, at + 4)
-        start = at + 8
-        following = start + count + -count % 8
-    if start + count > len(data):
-        raise ValueError("the file is cut off")
-    return kind & 0xFFFF, data[start : start + count], following
+        start = place + 8
+        end = start + size + (0 if kind == COMPRESSED else -size % 8)
+    if start + size > len(data):
+        raise ValueError("an element is cut off")
+    return kind, data[start : start + size], end
+
+
+def _numbers(data: memoryview, place: int, order: str) -> tuple[np.ndarray, int]:
+    kind, content, place = _element(data, place, order)
+    if kind not in NUMBERS:
+        raise ValueError(f"numbers of kind {kind}")
+    return np.frombuffer(content, np.dtype(NUMBERS[kind]).newbyteorder(order)), place
+
+
+def _array(data: memoryview, order: str, depth: int) -> tuple[str, Any]:
+    """Name and value of an array element's content.
+
+    Raises:
+        ValueError: not as the format says, nested too deeply, or of a kind that is not read.
+    """
+    if depth > MATLAB_DEPTH:
+        raise ValueError("cells nested too deeply")
+    if not data:
+        return "", np.empty((0, 0))
+    flags, place = _numbers(data, 0, order)
+    dimensions, place = _numbers(data, place, order)
+    _, name, place = _element(data, place, order)
+    if flags.size != 2 or dimensions.size < 2 or (dimensions < 0).any():
+        raise ValueError("a damaged array")
+    shape = dimensions.tolist()
+    count, kind = math.prod(shape), int(flags[0]) & 0xFF
+    title = bytes(name).decode("latin-1")
+    if kind == CELL:
+        return title, _arrays(data, place, order, depth, count)[0]
+    if kind == STRUCTURE:
+        return title, _structure(data, place, order, depth, count)
+    if kind == TEXT:
+        encoding, content, _ = _element(data, place, order)
+        codecs = TEXTS | {key: codec + {"<": "-le", ">": "-be"}[order] for key, codec in WIDE_TEXTS.items()}
+        if encoding not in codecs:
+            raise ValueError(f"text of kind {encoding}")
+        return title, bytes(content).decode(codecs[encoding])
+    if kind not in NUMERIC or int(flags[0]) & 0x0800:  # the bit says complex
+        raise ValueError(f"an array of kind {kind}, or of complex numbers")
+    values, _ = _numbers(data, place, order)
+    if values.size != count:
+        raise ValueError("an array of another size than it says")
+    return title, values.reshape(shape, order="F")
+
+
+def _arrays(data: memoryview, place: int, order: str, depth: int, count: int) -> tuple[list, int]:
+    """The values of `count` array elements one after another, and the place after them."""
+    if count * 8 > len(data) - place:
+        raise ValueError("a cell array is cut off")
+    values = []
+    for _ in range(count):
+        kind, content, place = _element(data, place, order)
+        if kind != ARRAY:
+            raise ValueError(f"a cell of kind {kind}")
+        values.append(_array(content, order, depth + 1)[1])
+    return values, place
+
+
+def _structure(data: memoryview, place: int, order: str, depth: int, count: int) -> dict[str, Any]:
+    if count != 1:
+        raise ValueError("an array of structures")
+    length, place = _numbers(data, place, order)
+    _, content, place = _element(data, place, order)
+    if length.size != 1 or length[0] < 1:
+        raise ValueError("a damaged structure")
+    width = int(length[0])
+    names = [bytes(content[i : i + width]).split(b"\0")[0].decode("latin-1") for i in range(0, len(content), width)]
+    return dict(zip(names, _arrays(data, place, order, depth, len(names))[0], strict=True))

@@ -130,6 +130,19 @@ def test_killed_training_resumes_bit_for_bit(workspace: Path, tmp_path: Path) ->
     assert not list(roots["killed"].rglob("*.partial"))
 
 
+def test_a_finished_run_can_be_trained_longer(workspace: Path, tmp_path: Path) -> None:
+    options = [*RUN, "--layers", "conv5", "--batch-size", "2", "--decay-at", "5", "--root"]
+    for root in (tmp_path / "extended", tmp_path / "whole"):
+        shutil.copytree(workspace / "features", root / "features")
+    train_vlm.main([*options, str(tmp_path / "extended"), "--iterations", "4", "--log-every", "4"])
+    for root in (tmp_path / "extended", tmp_path / "whole"):
+        train_vlm.main([*options, str(root), "--iterations", "8", "--log-every", "4"])
+    first, second = (read_tensors(tmp_path / name / "vlm.safetensors")[0] for name in ("extended", "whole"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(UserError, match="decay_at is"):
+        train_vlm.main([*options[:-3], "--decay-at", "2", "--root", str(tmp_path / "whole"), "--iterations", "9"])
+
+
 def test_interrupted_extraction_resumes_to_the_same_files(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

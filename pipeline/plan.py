@@ -1,0 +1,82 @@
+"""What a run will cost, computed from the architecture: disk, memory, arithmetic."""
+
+from dataclasses import dataclass
+
+from models.backbones import Architecture, Conv, Linear
+
+PAPER_IMAGES = 50_000  # ILSVRC2012 validation set
+ASSUMED_GFLOPS = 80.0  # what two cores sustain, measured while training; a GPU does a hundred times more
+SEQUENCE_FLOPS = 34  # per D² and predicted vector: two LSTMs of 16 D² and a linear map of 2 D²
+BACKWARD = 3  # forward and backward cost three times forward
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One stage: bytes written, bytes of memory it needs at least, floating-point operations."""
+
+    disk: float
+    memory: float
+    flops: float
+
+    @property
+    def hours(self) -> float:
+        """At `ASSUMED_GFLOPS`."""
+        return self.flops / ASSUMED_GFLOPS / 1e9 / 3600
+
+
+def cnn_flops(architecture: Architecture, layer: str, height: int, width: int) -> float:
+    """Floating-point operations of one image from the input to a tap."""
+    total = 0.0
+    for operation in architecture.operations:
+        if isinstance(operation, Conv):
+            h, w = architecture.grid(operation.name, height, width)
+            total += 2 * h * w * operation.outputs * operation.kernel**2 * operation.inputs / operation.groups
+        elif isinstance(operation, Linear):
+            total += 2 * operation.inputs * operation.outputs
+        if operation.name == layer:
+            break
+    return total
+
+
+def layer_size(architecture: Architecture, layer: str) -> tuple[int, int, int]:
+    """Grid and kept components (H, W, D) of a layer of training images."""
+    return (*architecture.grid(layer, *architecture.crop), (architecture.channels(layer) + 1) // 2)
+
+
+def update_flops(architecture: Architecture, layers: list[str], batch: int) -> float:
+    """Floating-point operations of one training update of the language models."""
+    total = 0.0
+    for layer in layers:
+        h, w, d = layer_size(architecture, layer)
+        predicted = 2 * ((h - 1) * w + (w - 1) * h)  # of four directions
+        total += BACKWARD * batch * predicted * SEQUENCE_FLOPS * d * d
+    return total
+
+
+def costs(
+    architecture: Architecture,
+    images: int,
+    layers: list[str],
+    *,
+    batch: int,
+    iterations: int,
+    reconstruction_iterations: int,
+    itemsize: int = 4,
+) -> dict[str, Cost]:
+    """Cost of every stage, by its name."""
+    sizes = {layer: layer_size(architecture, layer) for layer in layers}
+    features = sum(h * w * d for h, w, d in sizes.values()) * itemsize
+    parameters = 4 * sum(4 * (17 * d * d + 9 * d) for _, _, d in sizes.values())
+    deepest = architecture.taps[-1]
+    forward = cnn_flops(architecture, deepest, *architecture.crop)
+    samples = 100_000 * sum(architecture.channels(layer) for layer in layers) * 4
+    activations = 64 * sum(h * w * d for h, w, d in sizes.values()) * 4  # gates, cells, states of four directions
+    update = update_flops(architecture, layers, batch)
+    one = update_flops(architecture, [layer for layer in layers if layer != "data"], 1)
+    return {
+        "prepare_images": Cost(images * 256 * 256 * 3, 50e6, 0),
+        "extract_features": Cost(images * features, samples + 16 * 5 * features, 2 * images * forward),
+        "train_vlm": Cost(3 * parameters, 3 * parameters + batch * activations, iterations * update),
+        "reconstruct": Cost(5e6, activations + parameters, reconstruction_iterations * (BACKWARD * forward + one)),
+        "saliency": Cost(5e6, activations + parameters, forward + one / BACKWARD),
+    }
