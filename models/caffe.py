@@ -1,7 +1,8 @@
 """Caffe's files without Caffe: a reader of the protobuf wire format for networks and mean images.
 
-A message is a run of fields; each starts with a varint `number << 3 | wire type`. Field numbers are those of BVLC's
-caffe.proto (commit 9b8915401). Blobs are views of the memory-mapped file wherever their floats lie in one piece.
+A message is a run of fields; each starts with a varint `number << 3 | wire type`. Field numbers are those of
+BVLC's caffe.proto (commit 9b8915401). Blobs are views of the memory-mapped file where their floats lie in one
+piece.
 """
 
 import mmap
@@ -56,7 +57,7 @@ def _varint(data: memoryview, position: int) -> tuple[int, int]:
 
 
 def _run(data: memoryview, start: int, tag: int, size: int) -> tuple[np.ndarray, int]:
-    """Unpacked numbers: the run of records (`tag` bytes of a tag, then `size` bytes) that all have the first one's tag.
+    """Unpacked numbers: the run of records (`tag` bytes of a tag, `size` of a value) that share the first's tag.
 
     The windows that are compared double, so that many short runs cost no more than one long run.
 
@@ -89,7 +90,7 @@ class _Parser:
     def fields(self, data: memoryview) -> Iterator[tuple[int, int, int | memoryview | np.ndarray]]:
         """Fields of a message: number, wire type, value.
 
-        A value is an integer (VARINT), bytes (BYTES), or the floats of a whole run of equal fields (FIXED32, FIXED64).
+        A value is an integer (VARINT), bytes (BYTES), or the floats of a run of such fields (FIXED32, FIXED64).
         """
         position = 0
         while position < len(data):
@@ -236,8 +237,8 @@ def read_caffemodel(path: Path, *, wanted: Collection[str] | None = None) -> dic
         dimensions). They are read-only views of the file where possible. Layers without blobs are left out.
 
     Raises:
-        UserError: truncated, not protobuf, a layer twice, a blob that is empty, not finite, or of a shape that does
-            not fit its values.
+        UserError: truncated, not protobuf, a layer twice, a blob that is empty, not finite, or of a shape that
+            does not fit its values.
     """
     data = _open(path)
     layers: dict[str, list[np.ndarray]] = {}
@@ -267,7 +268,7 @@ def read_caffemodel(path: Path, *, wanted: Collection[str] | None = None) -> dic
 
 
 def read_binaryproto(path: Path) -> np.ndarray:
-    """The array of a .binaryproto, such as a mean image: (C, H, W) float32 where its first of four dimensions is 1.
+    """The array of a .binaryproto, such as a mean image: float32, (C, H, W) where the file has (1, C, H, W).
 
     Raises:
         UserError: truncated, not protobuf, or empty.
@@ -285,8 +286,8 @@ def match_parameters(
 ) -> dict[str, np.ndarray]:
     """The parameters `<layer>.weight` and `<layer>.bias` of a network from the blobs of its layers.
 
-    Caffe's kernels are correlation kernels (out, in/groups, k, k), as PyTorch's: nothing is flipped. A legacy blob's
-    leading ones are dropped (fully connected weight 1x1xOutxIn, bias 1x1x1xOut).
+    Caffe's kernels are correlation kernels (out, in/groups, k, k), as PyTorch's: nothing is flipped. A legacy
+    blob's leading ones are dropped (fully connected weight 1x1xOutxIn, bias 1x1x1xOut).
 
     Raises:
         UserError: a layer is missing or has other shapes; names it, and the shapes expected and found.
@@ -300,9 +301,9 @@ def match_parameters(
         if index >= len(found):
             what = f"layer {layer!r} has no {kind}" if found else f"there is no layer {layer!r}"
             raise UserError(f"{path}: {what}, expected {kind} {tuple(shape)}; {again}")
-        if len(found) > sum(f"{layer}.{part}" in expected for part in ("weight", "bias")):
+        if len(found) > 2:
             shapes = ", ".join(str(blob.shape) for blob in found)
-            raise UserError(f"{path}: layer {layer!r} has more blobs than expected, found {shapes}; {again}")
+            raise UserError(f"{path}: layer {layer!r} should have a weight and a bias, found {shapes}; {again}")
         own = found[index].shape
         while len(own) > len(shape) and own[0] == 1:
             own = own[1:]

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from urllib.parse import urljoin, urlsplit
 from models.errors import UserError
 
 CHUNK = 1 << 20
+SMALL_CHUNK = 1 << 14  # where a read waits until all it asked for is there
 CEILING = 2 << 30  # bytes accepted of a file whose size nobody states
 MAX_REDIRECTS = 5
 MAX_ATTEMPTS = 50  # requests to one mirror, however much each brings
@@ -68,19 +70,27 @@ def file_hash(path: Path, algorithm: str = "sha256") -> str:
 
 def cache_folder() -> Path:
     """Where downloads are kept: $CNN_VLM_CACHE, else $XDG_CACHE_HOME/cnn-vlm, else ~/.cache/cnn-vlm."""
-    if folder := os.environ.get("CNN_VLM_CACHE"):
-        return Path(folder)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "cnn-vlm"
+    try:
+        if folder := os.environ.get("CNN_VLM_CACHE"):
+            return Path(folder).expanduser()
+        base = os.environ.get("XDG_CACHE_HOME")
+        return (Path(base) if base else Path.home() / ".cache") / "cnn-vlm"
+    except RuntimeError:  # a user without a home, as in some containers
+        raise UserError("there is no home folder to keep downloads in: choose one with --cache FOLDER") from None
+
+
+def flaw(file: RemoteFile, cache: Path) -> str | None:
+    """What is wrong with the file in the cache (`is missing`, `has 3 bytes instead of 4`), None if nothing is."""
+    path = cache / file.name
+    try:
+        return file.mismatch(path) if path.is_file() else "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def cached(file: RemoteFile, cache: Path) -> bool:
     """Whether the file lies in the cache, whole and unchanged."""
-    path = cache / file.name
-    try:
-        return path.is_file() and file.mismatch(path) is None
-    except OSError:  # there, but not readable
-        return False
+    return flaw(file, cache) is None
 
 
 def fetch(
@@ -113,7 +123,7 @@ def fetch(
     if cached(file, cache):  # before anything is written: the cache may be read-only
         return cache / file.name
     path = cache / file.name
-    reasons = []
+    reasons = [f"{path} {flaw(file, cache)}"] if path.is_file() else []
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{file.name}.lock"):
@@ -216,12 +226,15 @@ def _announced(response, have: int, file: RemoteFile, part: Path) -> tuple[int, 
         raise _Broken(f"it answered {status}")
     if status not in (200, 206):
         raise _Refused(f"it answered {status}")
-    if status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+    sent = re.match(r"bytes (\d+)-\d+/(\d+)?", response.headers.get("Content-Range", ""))
+    if status == 206 and not (sent and int(sent[1]) == have):
         part.unlink(missing_ok=True)
         raise _Broken("it sent another range than asked for")
     start = have if status == 206 else 0
     length = response.headers.get("Content-Length", "")
-    total = start + int(length) if length.isdigit() else file.size
+    total = start + int(length) if length.isdecimal() else file.size
+    if start and sent[2]:  # the range may end before the file does
+        total = int(sent[2])
     if total is not None and file.size is not None and total != file.size and not start:
         raise _Refused(f"its file has {total} bytes instead of {file.size}")
     if total is not None and total > CEILING:
@@ -233,9 +246,11 @@ def _append(response, part: Path, have: int, total: int | None, file: RemoteFile
     """Write the body behind the first `have` bytes, at most to the size the file may have."""
     ceiling = file.size if file.size is not None else CEILING
     started, first = time.monotonic(), have
+    # read1 (urllib3 2.2) gives what has come: neither a stall nor a trickle holds back bytes or the clock
+    immediate = hasattr(response.raw, "read1")
+    read, amount = (response.raw.read1, CHUNK) if immediate else (response.raw.read, SMALL_CHUNK)
     with part.open("ab" if have else "wb") as out:
-        # read1 gives what has come: neither a stall nor a trickle holds back bytes or the clock
-        while chunk := response.raw.read1(CHUNK, decode_content=False):
+        while chunk := read(amount, decode_content=False):
             if have + len(chunk) > ceiling:
                 out.close()
                 part.unlink()
@@ -249,7 +264,7 @@ def _append(response, part: Path, have: int, total: int | None, file: RemoteFile
 
 
 def _open(url: str, have: int, timeout: float):
-    """A streaming response, redirects followed by hand: never to another scheme than http(s), never down from https."""
+    """A streaming response; redirects are followed by hand, only to http(s) and never down from https."""
     import requests
 
     headers = {"Accept-Encoding": "identity", "User-Agent": "cnn-vlm"}

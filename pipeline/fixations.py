@@ -19,7 +19,7 @@ import math
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from pipeline.images import read_rgb
 
 UNKNOWN_SUBJECT = -1
 COLUMNS = ("image", "subject", "x", "y")
-MATLAB_LIMIT = 1 << 30  # bytes that one variable may unpack to
+MATLAB_LIMIT = 512 << 20  # bytes of a file, and that its variables may unpack to
+MATLAB_FIELDS = 1000  # of a structure
 MATLAB_DEPTH = 8  # cells and structures within one another; OSIE's file has 5
 ROTATED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 Row = tuple[str, int, float, float]  # image, subject, x, y
@@ -118,7 +119,7 @@ def read_fixations(path: Path, stimuli: Mapping[str, tuple[int, int]]) -> Fixati
         return read_csv(path, stimuli)
     if path.suffix.lower() != ".mat":
         raise UserError(f"{path} is not a table of fixations: give a .csv file, or OSIE's or Toronto's .mat file")
-    variables = _read_matlab(path)
+    variables = _read_matlab(path, ("fixations", "white"))
     if "fixations" in variables:
         return _collect(path, _osie_rows(path, variables["fixations"]), stimuli)
     if "white" in variables:
@@ -205,7 +206,7 @@ def _collect(path: Path, rows: Iterable[Row], stimuli: Mapping[str, tuple[int, i
     kept: list[tuple[int, int, float, float]] = []
     example, unknown = "", 0
     for image, subject, x, y in rows:
-        number = index.get(Path(image.replace("\\", "/")).name)
+        number = index.get(image.replace("\\", "/").rpartition("/")[2])
         if number is None:
             example, unknown = image, unknown + 1
         else:
@@ -296,10 +297,9 @@ def _toronto_rows(path: Path, maps: Any, stimuli: Mapping[str, tuple[int, int]])
 
 
 def _variable(path: Path, name: str) -> Any:
-    variables = _read_matlab(path)
+    variables = _read_matlab(path, (name,))
     if name not in variables:
-        found = ", ".join(sorted(variables)[:5]) or "none"
-        raise UserError(f"{path} holds no variable {name} (but {found[:80]!r}): give the data set's own file")
+        raise UserError(f"{path} holds no variable {name}: give the data set's own file")
     return variables[name]
 
 
@@ -328,21 +328,25 @@ WIDE_TEXTS = {4: "utf-16", 17: "utf-16", 18: "utf-32"}  # in the file's byte ord
 ARRAY, COMPRESSED = 14, 15
 CELL, STRUCTURE, TEXT = 1, 2, 4
 NUMERIC = range(6, 16)
+IS_COMPLEX = 0x0800
+NOTHING = np.empty((0, 0))  # one object for all empty cells, of which a small file may hold very many
 
 
-def _read_matlab(path: Path) -> dict[str, Any]:
-    """Variables of a MATLAB 5-7 file: numbers as arrays, text as str, cells as lists, structures as dicts.
+def _read_matlab(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Those of the named variables that a MATLAB 5-7 file holds.
+
+    Numbers come as arrays, text as str, cells as lists in column order, structures as dicts.
 
     Raises:
-        UserError: no such file, of another version, damaged, or with contents of other kinds.
+        UserError: no such file, of another version, damaged, or a named variable with contents of other kinds.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the data set's own .mat file")
     try:
         if path.stat().st_size > MATLAB_LIMIT:
-            raise ValueError(f"more than {MATLAB_LIMIT >> 30} GiB")
-        return dict(_matlab_variables(memoryview(path.read_bytes())))
-    except (ValueError, struct.error, zlib.error, UnicodeDecodeError) as error:
+            raise ValueError(f"more than {MATLAB_LIMIT >> 20} MiB")
+        return dict(_matlab_variables(memoryview(path.read_bytes()), names))
+    except (ValueError, struct.error, zlib.error) as error:
         raise UserError(f"{path} is no MATLAB 5-7 file as expected ({error}): save it anew with -v7") from None
     except MemoryError:
         raise UserError(f"{path} does not fit into memory: give the data set's own file") from None
@@ -350,22 +354,25 @@ def _read_matlab(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _matlab_variables(data: memoryview) -> Iterator[tuple[str, Any]]:
+def _matlab_variables(data: memoryview, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
     order = {b"IM": "<", b"MI": ">"}.get(bytes(data[126:128]))
     if order is None or bytes(data[:19]) != b"MATLAB 5.0 MAT-file":
         raise ValueError("its header is another")
-    place = 128
+    place, left = 128, MATLAB_LIMIT
     while place < len(data):
         kind, content, place = _element(data, place, order)
         if kind == COMPRESSED:
             unpacker = zlib.decompressobj()
-            unpacked = unpacker.decompress(content, MATLAB_LIMIT)
+            unpacked = unpacker.decompress(content, max(left, 1))  # 0 would mean no limit
+            left -= len(unpacked)
             if unpacker.unconsumed_tail or not unpacker.eof:
                 raise ValueError("a variable is cut off or too large")
             kind, content, _ = _element(memoryview(unpacked), 0, order)
         if kind != ARRAY:
             raise ValueError(f"an element of kind {kind}")
-        yield _array(content, order, 1)
+        name = _array_head(content, order)[2] if content else ""
+        if name in names:
+            yield name, _array(content, order, 1)
 
 
 def _element(data: memoryview, place: int, order: str) -> tuple[int, memoryview, int]:
@@ -390,8 +397,18 @@ def _numbers(data: memoryview, place: int, order: str) -> tuple[np.ndarray, int]
     return np.frombuffer(content, np.dtype(NUMBERS[kind]).newbyteorder(order)), place
 
 
-def _array(data: memoryview, order: str, depth: int) -> tuple[str, Any]:
-    """Name and value of an array element's content.
+def _array_head(data: memoryview, order: str) -> tuple[int, list[int], str, int]:
+    """Flags, shape and name of an array element's content, and the place after them."""
+    flags, place = _numbers(data, 0, order)
+    dimensions, place = _numbers(data, place, order)
+    _, name, place = _element(data, place, order)
+    if flags.size != 2 or dimensions.size < 2 or (dimensions < 0).any():
+        raise ValueError("a damaged array")
+    return int(flags[0]), dimensions.tolist(), bytes(name).decode("latin-1"), place
+
+
+def _array(data: memoryview, order: str, depth: int) -> Any:
+    """Value of an array element's content.
 
     Raises:
         ValueError: not as the format says, nested too deeply, or of a kind that is not read.
@@ -399,35 +416,29 @@ def _array(data: memoryview, order: str, depth: int) -> tuple[str, Any]:
     if depth > MATLAB_DEPTH:
         raise ValueError("cells nested too deeply")
     if not data:
-        return "", np.empty((0, 0))
-    flags, place = _numbers(data, 0, order)
-    dimensions, place = _numbers(data, place, order)
-    _, name, place = _element(data, place, order)
-    if flags.size != 2 or dimensions.size < 2 or (dimensions < 0).any():
-        raise ValueError("a damaged array")
-    shape = dimensions.tolist()
-    count, kind = math.prod(shape), int(flags[0]) & 0xFF
-    title = bytes(name).decode("latin-1")
+        return NOTHING
+    flags, shape, _, place = _array_head(data, order)
+    count, kind = math.prod(shape), flags & 0xFF
     if kind == CELL:
-        return title, _arrays(data, place, order, depth, count)[0]
-    if kind == STRUCTURE:
-        return title, _structure(data, place, order, depth, count)
+        return _arrays(data, place, order, depth, count)
+    if kind == STRUCTURE and count == 1:
+        return _structure(data, place, order, depth)
     if kind == TEXT:
         encoding, content, _ = _element(data, place, order)
         codecs = TEXTS | {key: codec + {"<": "-le", ">": "-be"}[order] for key, codec in WIDE_TEXTS.items()}
         if encoding not in codecs:
             raise ValueError(f"text of kind {encoding}")
-        return title, bytes(content).decode(codecs[encoding])
-    if kind not in NUMERIC or int(flags[0]) & 0x0800:  # the bit says complex
+        return bytes(content).decode(codecs[encoding])
+    if kind not in NUMERIC or flags & IS_COMPLEX:
         raise ValueError(f"an array of kind {kind}, or of complex numbers")
     values, _ = _numbers(data, place, order)
     if values.size != count:
         raise ValueError("an array of another size than it says")
-    return title, values.reshape(shape, order="F")
+    return values.reshape(shape, order="F")
 
 
-def _arrays(data: memoryview, place: int, order: str, depth: int, count: int) -> tuple[list, int]:
-    """The values of `count` array elements one after another, and the place after them."""
+def _arrays(data: memoryview, place: int, order: str, depth: int, count: int) -> list:
+    """The values of `count` array elements one after another."""
     if count * 8 > len(data) - place:
         raise ValueError("a cell array is cut off")
     values = []
@@ -435,17 +446,15 @@ def _arrays(data: memoryview, place: int, order: str, depth: int, count: int) ->
         kind, content, place = _element(data, place, order)
         if kind != ARRAY:
             raise ValueError(f"a cell of kind {kind}")
-        values.append(_array(content, order, depth + 1)[1])
-    return values, place
+        values.append(_array(content, order, depth + 1))
+    return values
 
 
-def _structure(data: memoryview, place: int, order: str, depth: int, count: int) -> dict[str, Any]:
-    if count != 1:
-        raise ValueError("an array of structures")
+def _structure(data: memoryview, place: int, order: str, depth: int) -> dict[str, Any]:
     length, place = _numbers(data, place, order)
     _, content, place = _element(data, place, order)
-    if length.size != 1 or length[0] < 1:
+    width = int(length[0]) if length.size == 1 else 0
+    if width < 1 or len(content) // width > MATLAB_FIELDS:
         raise ValueError("a damaged structure")
-    width = int(length[0])
     names = [bytes(content[i : i + width]).split(b"\0")[0].decode("latin-1") for i in range(0, len(content), width)]
-    return dict(zip(names, _arrays(data, place, order, depth, len(names))[0], strict=True))
+    return dict(zip(names, _arrays(data, place, order, depth, len(names)), strict=True))

@@ -1,6 +1,7 @@
 """The Caffe reader against an independent encoder, the official runtimes where installed, and damage."""
 
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def field(number: int, content: bytes | int) -> bytes:
     return varint(number << 3 | 2) + varint(len(content)) + content
 
 
-def blob(array: np.ndarray, shape: str = "legacy", data: str = "packed") -> bytes:
+def blob(array: np.ndarray, shape: str = "legacy", data: str = "packed", *, floats: bool = True) -> bytes:
     out = b""
     if shape == "legacy":
         dims = (1,) * (4 - array.ndim) + array.shape
@@ -51,7 +52,9 @@ def blob(array: np.ndarray, shape: str = "legacy", data: str = "packed") -> byte
         out += field(8, flat.astype("<f8").tobytes())
     elif data == "unpacked double":
         out += b"".join(varint(8 << 3 | 1) + struct.pack("<d", v) for v in flat)
-    return out + field(6, flat.astype("<f4").tobytes())  # diff, to be ignored
+    if not floats:
+        return out
+    return out + field(6, flat.astype("<f4").tobytes()) + b"".join(b"\x35" + b"\0\0\xc0\x7f" for _ in flat)  # diff
 
 
 def network(layers: dict[str, list[bytes]], form: str) -> bytes:
@@ -104,21 +107,43 @@ def test_parameters_of_legacy_blobs(tmp_path: Path) -> None:
         match_parameters(blobs, {"fc7.weight": (6, 4)}, path=Path("x"))
     with pytest.raises(UserError, match="layer 'fc6' has no bias"):
         match_parameters({"fc6": [weight]}, shapes, path=Path("x"))
+    with pytest.raises(UserError, match="layer 'fc6' should have a weight and a bias, found"):
+        match_parameters({"fc6": [weight, bias, bias]}, shapes, path=Path("x"))
+    for shape in [(4, 6, 1, 1), (4, 1, 6, 1), (2, 2, 1, 6), (24,)]:  # as many values, other dimensions
+        with pytest.raises(UserError, match="x: weight of layer 'fc6' should be"):
+            match_parameters({"fc6": [weight.reshape(shape), bias]}, shapes, path=Path("x"))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"\xff\xd8\xff\xe0 a JPEG", "no whole Caffe file"),
-        (b"PK\x03\x04 a zip", "no whole Caffe file"),
-        (b"<!DOCTYPE html><html>404</html>", "no whole Caffe file"),
+        (b"\xff\xd8\xff\xe0 a JPEG", "no whole caffemodel but a JPEG"),
+        (b"PK\x03\x04 a zip", "no whole caffemodel but a zip"),
+        (b"<!DOCTYPE html><html>404</html>", "no whole caffemodel but a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "but a Git LFS pointer"),
+        (b"Some notes on networks.\n", "no whole caffemodel: "),
         (field(2, field(4, b"a")), None),
-        (network({"a": [field(7, field(1, b"\x03")) + field(5, b"1234" * 2)]}, "layer"), r"layer 'a'.*\(3,\) holds 2"),
+        (
+            network({"a": [field(7, field(1, b"\x03")) + field(5, b"1234" * 2)]}, "layer"),
+            r"layer 'a'.*\(3,\) should hold 3 values, found 2",
+        ),
         (network({"a": [blob(VALUES)]}, "layer") * 2, "layer 'a': it is there twice"),
         (network({"a": [blob(np.array([np.nan], np.float32))]}, "layer"), "no finite numbers"),
-        (network({"a": [field(7, field(1, 2**62)) + field(5, b"1234")]}, "layer"), "holds 1 values"),
-        (field(2, field(4, b"\xff\xfe")), "no text"),
+        (network({"a": [field(7, field(1, 2**62)) + field(5, b"1234")]}, "layer"), "dimensions should be 1 to"),
+        (network({"a": [field(7, field(1, 2**64 - 3)) + field(5, b"1234")]}, "layer"), r"shape \(-3,\)"),
+        (network({"a": [field(1, 2**64 - 3) + field(5, b"1234")]}, "V1"), r"shape \(-3, 1, 1, 1\)"),
+        (network({"a": [field(7, field(1, 0) + field(1, 2**40))]}, "V0"), "layer 'a': a blob holds no values"),
+        (network({"a": [field(7, field(1, b"\x01" * 33)) + field(5, b"1234")]}, "V0"), "more than 32 dimensions"),
+        (network({"a": [field(5, b"12345")]}, "V1"), "layer 'a': 5 bytes are no whole number"),
+        (network({"a": [field(5, 1)]}, "V1"), "layer 'a': a blob's data should have wire type"),
+        (network({"a": [blob(np.full(2, 1e300), data="double", floats=False)]}, "V1"), "no finite numbers"),
+        (network({"a": [b"\x2a" + varint(2**63 - 1) + b"1234"]}, "V1"), "layer 'a': .*announced where 4 are left"),
+        (field(2, field(4, b"a") + b"\x32\x7f1234"), "layer 'a': .*127 bytes is announced where 4 are left"),
+        (field(2, b"/snapshots/net_1000.caffemodel"), "no whole caffemodel"),
+        (field(100, 3), "a layer should have wire type 2, found 0"),
+        (field(2, field(4, b"\xff\xfe")), "no UTF-8 text"),
+        (b"\x00\x00", "field of number 0"),
         (b"\x0b\x0c" * 9, "wire type 3"),
         (b"\x80" * 30, "longer than 64 bits"),
         (field(1, b"x"), "lists no layers"),
@@ -133,6 +158,7 @@ def test_refusals_are_one_clear_line(tmp_path: Path, content: bytes, message: st
     with pytest.raises(UserError, match=message) as caught:
         read_caffemodel(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    assert "another file with --weights" in str(caught.value)
 
 
 def test_truncation_and_flipped_bytes(tmp_path: Path) -> None:
@@ -142,20 +168,87 @@ def test_truncation_and_flipped_bytes(tmp_path: Path) -> None:
     whole = network({"conv1": [blob(small), blob(small[0], "packed")], "b": [blob(small, data="pieces")]}, "V1")
     random = np.random.default_rng(0)
     damaged = [whole[:length] for length in range(len(whole))]
-    for _ in range(1500):
+    for _ in range(2000):
         flipped = bytearray(whole)
         for _ in range(random.integers(1, 4)):
             flipped[random.integers(len(whole))] ^= 1 << random.integers(8)
         damaged.append(bytes(flipped))
     refused = 0
-    for content in damaged:
-        path.write_bytes(content)
-        try:
-            for arrays in read_caffemodel(path).values():
-                assert all(isinstance(a, np.ndarray) and a.nbytes <= len(whole) for a in arrays)
-        except UserError:
-            refused += 1
+    with path.open("wb") as file:  # one open file: opening it anew takes longer than reading it
+        for content in damaged:
+            file.seek(0)
+            file.write(content)
+            file.truncate()
+            file.flush()
+            try:
+                for arrays in read_caffemodel(path).values():
+                    assert all(isinstance(a, np.ndarray) and a.nbytes <= len(whole) for a in arrays)
+            except UserError:
+                refused += 1
     assert refused > 300
+
+
+def test_random_bytes_and_files_of_other_kinds(tmp_path: Path) -> None:
+    path = tmp_path / "any.binaryproto"
+    random = np.random.default_rng(1)
+    for content in [b"", blob(VALUES)[:-3], network({"a": [blob(VALUES)]}, "V1"), random.bytes(5000)]:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="give another file") as caught:
+            read_binaryproto(path)
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    for _ in range(300):
+        path.write_bytes(random.bytes(int(random.integers(1, 400))))
+        with pytest.raises(UserError):
+            read_caffemodel(path)
+    with pytest.raises(UserError, match="is not a file"):
+        read_caffemodel(tmp_path)
+
+
+def test_time_and_memory_do_not_depend_on_the_layout(tmp_path: Path) -> None:
+    """Half a million unpacked values, in one run or cut by other fields, are read or refused at once."""
+    path = tmp_path / "net.caffemodel"
+    values = np.random.default_rng(2).normal(size=500_000).astype("<f4")
+    records = np.zeros(len(values), [("tag", "u1"), ("value", "<f4")])
+    records["tag"], records["value"] = 5 << 3 | 5, values
+    start = time.process_time()
+    path.write_bytes(network({"a": [records.tobytes()]}, "V1"))
+    np.testing.assert_array_equal(read_caffemodel(path)["a"][0], values)
+
+    cut = b"".join(records[i : i + 100].tobytes() + b"\x50\x01" for i in range(0, len(records), 100))
+    path.write_bytes(network({"a": [cut]}, "V1"))
+    np.testing.assert_array_equal(read_caffemodel(path)["a"][0], values)
+
+    alternating = b"".join(records[i : i + 1].tobytes() + b"\x50\x01" for i in range(200_000))
+    for content in (network({"a": [alternating]}, "V1"), b"\x50\x01" * 3_000_000):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="more than 100000 fields"):
+            read_caffemodel(path)
+    assert time.process_time() - start < 10  # about 1 s; quadratic code takes minutes
+
+
+def test_a_layer_twice_counts_only_where_it_has_blobs(tmp_path: Path) -> None:
+    """The data layer of training and of testing have one name and no blobs; a shape in two messages is merged."""
+    path = tmp_path / "net.caffemodel"
+    merged = b"".join(field(7, field(1, d)) for d in VALUES.shape) + field(5, VALUES.tobytes())
+    path.write_bytes(network({"data": []}, "V1") * 2 + network({"a": [merged]}, "layer"))
+    np.testing.assert_array_equal(read_caffemodel(path)["a"][0], VALUES)
+    path.write_bytes(network({"a": [merged]}, "layer") * 2)
+    with pytest.raises(UserError, match="layer 'a': it is there twice"):
+        read_caffemodel(path, wanted=["b"])
+
+
+def test_wanted_layers_alone_are_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "net.caffemodel"
+    path.write_bytes(network({"a": [blob(VALUES)], "b": [field(5, b"12345")]}, "V1"))
+    np.testing.assert_array_equal(read_caffemodel(path, wanted={"a"})["a"][0], VALUES)
+    with pytest.raises(UserError, match="layer 'b'"):
+        read_caffemodel(path, wanted={"b"})
+
+
+def test_doubles_replace_floats_as_in_caffe(tmp_path: Path) -> None:
+    path = tmp_path / "mean.binaryproto"
+    path.write_bytes(field(5, b"12341234") + field(8, struct.pack("<2d", 0.5, -2.0)))
+    np.testing.assert_array_equal(read_binaryproto(path), [0.5, -2.0])
 
 
 def test_against_the_official_protobuf_runtime(tmp_path: Path) -> None:

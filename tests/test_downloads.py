@@ -67,6 +67,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         rest = len(body) - start
         return self.answer(206, part, rest, Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}")
 
+    def serve_short_ranges(self):
+        """Gives 100 kB at a time to those who ask for a range."""
+        start = self.start()
+        end = min(start + 100_000, len(BODY))
+        if start:
+            self.answer(206, BODY[start:end], Content_Range=f"bytes {start}-{end - 1}/{len(BODY)}")
+        else:
+            self.serve_good()
+
     def serve_no_length(self):
         self.answer(200, BODY, length=False)
 
@@ -94,10 +103,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.released.wait(5)
 
     def serve_trickles(self):
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(BODY)))
+        start = self.start()
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(BODY) - start))
+        self.send_header("Content-Range", f"bytes {start}-{len(BODY) - 1}/{len(BODY)}")
         self.end_headers()
-        for i in range(500):
+        for i in range(start, start + 500):
             self.wfile.write(BODY[i : i + 1])
             self.wfile.flush()
             if self.server.released.wait(0.02):
@@ -216,6 +227,25 @@ def test_partial_file_is_taken_up(server, tmp_path, behaviour, known):
     assert get(remote(server, behaviour, **known), tmp_path).read_bytes() == BODY
     assert server.ranges[0] == "bytes=123456-"
     assert server.count.total() == (2 if behaviour == "wrong-range" else 1)
+
+
+@pytest.mark.parametrize("known", [{}, {"size": None}])
+def test_server_that_sends_less_than_the_range_asked_for(server, tmp_path, known):
+    (tmp_path / "f.bin.part").write_bytes(BODY[:50_000])
+    assert get(remote(server, "short-ranges", **known), tmp_path).read_bytes() == BODY
+    assert server.ranges == ["bytes=50000-", "bytes=150000-", "bytes=250000-"]
+
+
+def test_older_urllib3(server, tmp_path, monkeypatch):
+    import urllib3
+
+    monkeypatch.delattr(urllib3.response.HTTPResponse, "read1", raising=False)
+    monkeypatch.delattr(urllib3.response.BaseHTTPResponse, "read1", raising=False)
+    assert get(remote(server, "stalls-once"), tmp_path).read_bytes() == BODY
+    assert server.count.total() == 2 and server.ranges[1].startswith("bytes=9")  # whole pieces before 100,000
+    (tmp_path / "f.bin").unlink()
+    assert get(remote(server, "truncates", size=None), tmp_path).read_bytes() == BODY
+    assert "more than 300000 bytes" in refusal(remote(server, "endless"), tmp_path / "other")
 
 
 @pytest.mark.parametrize("known", [{}, {"size": None}])
@@ -376,3 +406,16 @@ def test_cache_folder_by_environment(monkeypatch):
     assert cache_folder() == Path("/x/cnn-vlm")
     monkeypatch.setenv("CNN_VLM_CACHE", "/c")
     assert cache_folder() == Path("/c")
+    monkeypatch.setenv("CNN_VLM_CACHE", "~/c")
+    assert cache_folder() == Path("/h/c")
+
+
+def test_cache_folder_without_a_home(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("CNN_VLM_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(UserError, match="--cache FOLDER"):
+        cache_folder()
