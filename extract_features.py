@@ -3,9 +3,10 @@
 In:  ROOT/images.npy (N, 256, 256, 3) uint8, of stage 1.
 Out: ROOT/features/projection.safetensors: per layer the channels' mean and std, and the principal components kept;
      mean and std also of `data`, the last pooling and the fully connected layers, for reconstruction.
-     ROOT/features/<layer>.npy (N, H, W, D) float32 or float16, standardised and projected.
+     ROOT/features/<layer>.npy (N, H, W, D) float32 or float16, standardised and projected; with --views K
+     (K·N, H, W, D), row k·N + i being view k of image i.
 
-The images are read twice: once for the statistics, once to write the features.
+The images are read twice: once for the statistics, of the centre crops, once to write the features.
 
     python extract_features.py --preset alexnet --layers conv5
 """
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.errors import UserError
+from models.randomness import seed_for
 from pipeline import artefacts, cli
 
 if TYPE_CHECKING:
@@ -33,22 +35,56 @@ SAVE_EVERY = 60.0  # seconds between two notes of progress on disk
 RECONSTRUCTION_TARGETS = ("pool5", "fc6", "fc7", "fc8")
 
 
-def network_batches(images: np.ndarray, backbone: "Backbone", size: int, first: int) -> Iterator:
-    """Batches of network input from stored images (N, 256, 256, 3), from image `first` on.
+@dataclass(frozen=True)
+class Views:
+    """The views of each image that become rows. View 0 is the centre crop; the others are drawn, from the seed."""
+
+    count: int = 1
+    random_crop: bool = False
+    flip: bool = False
+    seed: int = 0
+
+    def facts(self) -> artefacts.Facts:
+        """What a sidecar says of them: nothing where there is the centre crop alone."""
+        return {} if self.count == 1 else {"views": self.count, "random_crop": self.random_crop, "flip": self.flip}
+
+    def cut(self, x: "torch.Tensor", view: int, image: int, height: int, width: int) -> "torch.Tensor":
+        """View `view` (3, height, width) of a preprocessed image (3, H, W), the `image`-th of the workspace."""
+        from models.backbones import centre_crop
+
+        if view == 0:
+            return centre_crop(x, height, width)
+        # differs from the paper: it trains on centre crops alone
+        generator = np.random.default_rng(seed_for(self.seed, "view", view, image))
+        top, left = (int(generator.integers(0, room + 1)) for room in (x.shape[1] - height, x.shape[2] - width))
+        mirrored = bool(generator.integers(0, 2))
+        x = x[:, top : top + height, left : left + width] if self.random_crop else centre_crop(x, height, width)
+        return x.flip(2) if self.flip and mirrored else x
+
+
+def network_batches(
+    images: np.ndarray, backbone: "Backbone", size: int, first: int, views: Views | None = None
+) -> Iterator:
+    """Batches of network input from stored images (N, 256, 256, 3), from row `first` on.
 
     Yields:
-        the index of the first image and the input (B, 3, h, w), cropped to the backbone's size. The mean is subtracted
+        the index of the first row and the input (B, 3, h, w), cropped to the backbone's size. The mean is subtracted
         before the crop, so a mean image of 256 × 256 is subtracted per pixel.
     """
     import torch
 
-    from models.backbones import centre_crop
-
+    views = views or Views()
     crop = backbone.architecture.crop
-    for start in range(first, len(images), size):
-        batch = torch.from_numpy(np.array(images[start : start + size])).to(backbone.device)
-        batch = batch.permute(0, 3, 1, 2).float()  # (B, 3, 256, 256)
-        yield start, centre_crop(backbone.preprocess(batch), *crop)
+    for start in range(first, views.count * len(images), size):
+        rows = np.arange(start, min(start + size, views.count * len(images)))
+        batch = torch.from_numpy(images[rows % len(images)]).to(backbone.device)
+        batch = backbone.preprocess(batch.permute(0, 3, 1, 2).float())  # (B, 3, 256, 256)
+        yield (
+            start,
+            torch.stack(
+                [views.cut(x, *divmod(row, len(images)), *crop) for x, row in zip(batch, rows.tolist(), strict=True)]
+            ),
+        )
 
 
 @dataclass
@@ -175,15 +211,15 @@ def write_features(
     *,
     dtype: str,
     batch_size: int,
+    views: Views,
     facts: artefacts.Facts,
 ) -> None:
-    """Pass 2: project every layer and write `folder`/<layer>.npy (N, H, W, D)."""
+    """Pass 2: project every layer and write `folder`/<layer>.npy (views·N, H, W, D)."""
     import torch
 
     architecture = backbone.architecture
-    shapes = {
-        layer: (len(images), *architecture.grid(layer, *architecture.crop), p.size) for layer, p in projections.items()
-    }
+    rows = views.count * len(images)
+    shapes = {layer: (rows, *architecture.grid(layer, *architecture.crop), p.size) for layer, p in projections.items()}
     sizes = {layer: int(np.prod(shape)) * np.dtype(dtype).itemsize for layer, shape in shapes.items()}
     for layer, shape in shapes.items():
         print(f"  {layer}: {shape} {dtype}, {artefacts.format_bytes(sizes[layer])}")
@@ -196,8 +232,8 @@ def write_features(
     done = min(writer.done for writer in writers.values())
     marked = time.monotonic()
     projections = {layer: p.to(backbone.device) for layer, p in projections.items()}
-    with cli.Progress(len(images), "features", "images", done) as progress, torch.no_grad():
-        for start, x in network_batches(images, backbone, batch_size, done):
+    with cli.Progress(rows, "features", "images", done) as progress, torch.no_grad():
+        for start, x in network_batches(images, backbone, batch_size, done, views):
             for layer, features in backbone(x, list(projections)).items():
                 projected = projections[layer](features).permute(0, 2, 3, 1)  # (B, H, W, D)
                 writers[layer].array[start : start + len(x)] = projected.cpu().numpy()
@@ -229,6 +265,11 @@ def get_parser() -> cli.Parser:
     parser.add_argument("--batch-size", type=cli.positive, default=16, help="images per forward pass")
     parser.add_argument("--limit", type=cli.positive, help="use the first images only")
     parser.add_argument(
+        "--views", type=cli.positive, default=1, help="of each image; the first is the centre crop (paper: 1)"
+    )
+    parser.add_argument("--random-crop", action="store_true", help="the other views are crops drawn from the image")
+    parser.add_argument("--flip", action="store_true", help="half of the other views are mirrored")
+    parser.add_argument(
         "--pca-positions",
         type=cli.positive,
         default=100_000,
@@ -241,6 +282,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
     args = cli.parse_args(get_parser(), argv, "extract_features")
     folder = args.out or args.root / "features"
+    if (args.views > 1) != (args.random_crop or args.flip):
+        raise UserError("--views 2 or more goes together with --random-crop, --flip or both: give both or neither")
     images, source = artefacts.open_array(args.images or args.root / "images.npy", "prepare_images.py")
     images = images[: args.limit]
     device = cli.pick_device(args.device)
@@ -296,7 +339,8 @@ def run(images, backbone, layers, others, folder, facts, args, source) -> None:
         layer: Projection(**{n: tensors[f"{layer}.projection.{n}"] for n in ("mean", "std", "components", "pca_mean")})
         for layer in layers
     }
-    facts = {**facts, "projection_sha256": artefacts.file_sha256(path), "dtype": args.dtype}
+    views = Views(args.views, args.random_crop, args.flip, args.seed)
+    facts = {**facts, "projection_sha256": artefacts.file_sha256(path), "dtype": args.dtype, **views.facts()}
     missing = {
         layer: p
         for layer, p in projections.items()
@@ -305,7 +349,8 @@ def run(images, backbone, layers, others, folder, facts, args, source) -> None:
     if not missing:
         print(f"{folder}: features of {', '.join(layers)} are finished: nothing to do")
         return
-    write_features(images, backbone, missing, folder, dtype=args.dtype, batch_size=args.batch_size, facts=facts)
+    options = {"dtype": args.dtype, "batch_size": args.batch_size, "views": views}
+    write_features(images, backbone, missing, folder, **options, facts=facts)
     print(f"{folder}: features of {', '.join(missing)} written")
 
 

@@ -94,7 +94,7 @@ def get_parser() -> cli.Parser:
     cli.add_weights_options(parser)
     parser.add_argument("image", metavar="IMAGE", nargs="?", type=Path, help="(default: a sample photo)")
     parser.add_argument("--out", type=Path, default=Path("out/pretrained"), help="folder (default: out/pretrained)")
-    parser.add_argument("--iterations", type=cli.positive, default=300, help="of each reconstruction (paper: 1000)")
+    parser.add_argument("--iterations", type=cli.positive, default=400, help="of each reconstruction (paper: 1000)")
     parser.add_argument("--max-side", type=cli.positive, default=1024, help="shrink larger images for the maps")
     return parser
 

@@ -62,10 +62,14 @@ class Schedule:
         """Learning rate of update `iteration`, counted from 0."""
         return self.learning_rate * self.decay_factor ** sum(iteration > at for at in self.decay_at)
 
-    def batch(self, iteration: int, images: np.ndarray) -> np.ndarray:
-        """Images of update `iteration`, drawn with replacement; depends on the seed and the iteration only."""
+    def batch(self, iteration: int, images: np.ndarray, views: int = 1, count: int = 0) -> np.ndarray:
+        """Rows of update `iteration`, drawn with replacement; depends on the seed and the iteration only.
+
+        Of each image drawn, one of its `views` is taken, `count` rows apart.
+        """
         generator = np.random.default_rng(seed_for(self.seed, "batch", iteration))
-        return images[generator.integers(0, len(images), self.batch_size)]
+        drawn = images[generator.integers(0, len(images), self.batch_size)]
+        return drawn if views == 1 else drawn + count * generator.integers(0, views, self.batch_size)
 
 
 def default_decays(iterations: int) -> tuple[int, ...]:
@@ -144,8 +148,9 @@ class Run:
         self.root, self.out, self.features, self.schedule, self.device = root, out, features, schedule, device
         self.vlm = vlm.to(device)
         self.names = list(features)
-        count = len(next(iter(features.values())))
-        self.training, self.held = split_images(count, held_out, schedule.seed)
+        self.views = configuration["training"].get("views", 1)
+        self.count = configuration["training"]["num_images"]
+        self.training, self.held = split_images(self.count, held_out, schedule.seed)
         self.watched = self.held if len(self.held) else self.training[:VALIDATION_BATCH]
         self.configuration = configuration
         self.facts = {**configuration["training"], **asdict(schedule), "held_out": len(self.held)}
@@ -199,7 +204,7 @@ class Run:
                 if i and schedule.rate(i) != schedule.rate(i - 1):
                     self.optimizer.reset_momentum()
                 self.optimizer.lr = schedule.rate(i)
-                images = schedule.batch(i, self.training)
+                images = schedule.batch(i, self.training, self.views, self.count)
                 batch = {name: read_batch(f, images, self.device) for name, f in self.features.items()}
                 losses = update(self.vlm.layers, batch, self.optimizer)
                 if not all(math.isfinite(loss) for loss in losses.values()):
@@ -315,18 +320,17 @@ def open_features(folder: Path, layers: list[str] | None) -> tuple[dict[str, np.
             raise UserError(f"{folder} has no features of {layer}: choose from {there}, or run extract_features.py")
     digest = artefacts.file_sha256(path)
     features = {}
+    views = []
     for layer in layers or configuration["layers"]:
         features[layer], facts = artefacts.open_array(folder / f"{layer}.npy", "extract_features.py")
+        views.append({key: facts[key] for key in ("views", "random_crop", "flip") if key in facts})
         if facts.get("projection_sha256") != digest:
             raise UserError(
                 f"{folder / layer}.npy belongs to another projection: rerun extract_features.py --overwrite"
             )
-    counts = {len(f) for f in features.values()}
-    if len(counts) > 1:
-        raise UserError(
-            f"{folder} holds features of differing numbers of images: rerun extract_features.py --overwrite"
-        )
-    return features, tensors, {**configuration, "projection_sha256": digest}
+    if len({len(f) for f in features.values()}) > 1 or any(other != views[0] for other in views):
+        raise UserError(f"{folder} holds features of differing images or views: rerun extract_features.py --overwrite")
+    return features, tensors, {**configuration, "projection_sha256": digest, "views": views[0]}
 
 
 def get_parser() -> cli.Parser:
@@ -419,8 +423,10 @@ def build_model(tensors: dict, layers: list[str], seed: int) -> "VisualLanguageM
 def describe_inputs(facts: dict, features: dict[str, np.ndarray]) -> artefacts.Facts:
     """What a checkpoint says about the features it was trained on."""
     shared = ("backbone", "weights", "weights_sha256", "images_sha256", "projection_sha256")
-    count, kind = len(next(iter(features.values()))), str(next(iter(features.values())).dtype)
-    training = {"num_images": count, "images_sha256": facts["images_sha256"], "dtype": kind}
+    first = next(iter(features.values()))
+    count = len(first) // facts["views"].get("views", 1)
+    training = {"num_images": count, "images_sha256": facts["images_sha256"], "dtype": str(first.dtype)}
+    training |= facts["views"]
     return {**{key: facts.get(key) for key in shared}, "all_layers": facts["layers"], "training": training}
 
 

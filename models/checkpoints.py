@@ -1,7 +1,8 @@
 """The checkpoint of a visual language model: one safetensors file that rebuilds it alone.
 
 Tensors are named `<layer>.projection.<mean|std|components|pca_mean>`, `<layer>.<direction>.<parameter>` and
-`statistics.<tap>.<mean|std>`; the metadata entry `configuration` is JSON: backbone, layers, training facts.
+`statistics.<tap>.<mean|std>`; the metadata entry `configuration` is JSON: format, backbone, layers, training facts. It
+is the only one, as safetensors writes several in no fixed order and equal models would be unequal files.
 """
 
 import json
@@ -38,23 +39,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, RuntimeError, struct.error) as error:
         raise UserError(f"{path} is not a readable safetensors file ({error}): give another file") from None
-    if metadata.get("format") != FORMAT:
-        raise UserError(
-            f"{path} has format {metadata.get('format')!r}, not {FORMAT!r}: it was not written by this version"
-        )
     try:
         configuration = json.loads(metadata["configuration"])
     except (KeyError, ValueError, RecursionError):
         configuration = None
     if not isinstance(configuration, dict):
         raise UserError(f"{path} carries no readable configuration: give another file")
+    if (found := configuration.pop("format", None)) != FORMAT:
+        raise UserError(f"{path} has format {found!r}, not {FORMAT!r}: it was not written by this version")
     return tensors, configuration
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], configuration: Mapping[str, Any]) -> None:
     """Write tensors and a JSON configuration as one safetensors file (not atomic: give a temporary path)."""
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    metadata = {"format": FORMAT, "configuration": json.dumps(dict(configuration))}
+    metadata = {"configuration": json.dumps({"format": FORMAT, **configuration})}
     save_file(contiguous, path, metadata=metadata)
 
 

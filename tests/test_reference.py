@@ -365,7 +365,7 @@ def test_reconstruction() -> None:
     assert_close(terms["feature"], vectors["loss_target_x0"], 2e-6)
     for layer in ("conv1", "conv2"):
         assert_close(terms[layer], vectors[f"loss_lm_{layer}_x0"], 2e-6)
-    assert_close(x.grad, vectors["grad_x0"], 3e-9)
+    assert_close(x.grad, vectors["grad_x0"], 4e-9)  # of 9e-3; 3.03e-9 with one thread, less with two
     losses = []
 
     def callback(i: int, terms: dict[str, float]) -> None:

@@ -153,8 +153,8 @@ def test_interrupted_extraction_resumes_to_the_same_files(
     options += ["--pca-positions", "400", "--batch-size", "4"]
     whole = extract_features.network_batches
 
-    def cut_short(images, backbone, size, first):
-        for number, batch in enumerate(whole(images, backbone, size, first)):
+    def cut_short(images, backbone, size, first, *views):
+        for number, batch in enumerate(whole(images, backbone, size, first, *views)):
             if number == 2:
                 raise KeyboardInterrupt
             yield batch
@@ -360,3 +360,48 @@ def test_interruption_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert "two lines" in capsys.readouterr().err
+
+
+def test_views_add_crops_and_mirror_images_of_training_images(workspace: Path, tmp_path: Path) -> None:
+    for name in ("images.npy", "images.npy.json"):
+        shutil.copy(workspace / name, tmp_path)
+    options = [*RUN, "--root", str(tmp_path), "--weights", "random", "--layers", "data", "--pca-positions", "400"]
+    with pytest.raises(UserError, match="--views 2 or more"):
+        extract_features.main([*options, "--views", "2"])
+    extract_features.main([*options, "--views", "3", "--random-crop", "--flip"])
+    projection = (tmp_path / "features" / "projection.safetensors").read_bytes()
+    rows = np.load(tmp_path / "features" / "data.npy")
+    count = len(np.load(tmp_path / "images.npy", mmap_mode="r"))
+    assert len(rows) == 3 * count
+    train_vlm.main([*RUN, "--root", str(tmp_path), "--iterations", "1", "--batch-size", "2"])
+    facts = load_vlm(tmp_path / "vlm.safetensors")[1]["training"]["data"]
+    assert (facts["num_images"], facts["views"], facts["flip"], facts["held_out"]) == (count, 3, True, count // 10)
+    extract_features.main([*options, "--overwrite"])
+    assert (tmp_path / "features" / "projection.safetensors").read_bytes() == projection
+    np.testing.assert_allclose(np.load(tmp_path / "features" / "data.npy"), rows[:count], atol=1e-5)  # other batches
+
+
+def test_a_view_is_a_mirrored_crop_of_its_image() -> None:
+    image = torch.arange(3 * 256 * 256, dtype=torch.float32).reshape(3, 256, 256)
+    crops = set()
+    mirrored = 0
+    for number in range(40):
+        view = extract_features.Views(2, True, True, seed=1).cut(image, 1, number, 227, 227)
+        step = int(view[0, 0, 1] - view[0, 0, 0])
+        assert abs(step) == 1
+        mirrored += step == -1
+        corner = int((view if step == 1 else view.flip(2))[0, 0, 0])
+        top, left = divmod(corner, 256)
+        assert max(top, left) <= 29
+        assert torch.equal(view if step == 1 else view.flip(2), image[:, top : top + 227, left : left + 227])
+        crops.add(corner)
+    assert 10 <= mirrored <= 30 and len(crops) > 30
+
+
+def test_training_draws_every_view_and_no_held_out_image() -> None:
+    schedule = train_vlm.Schedule(1, 8, 1.0, 0.9, (), 0.1, 0)
+    training, held = train_vlm.split_images(40, 4, 0)
+    rows = np.concatenate([schedule.batch(i, training, 3, 40) for i in range(200)])
+    assert set(rows // 40) == {0, 1, 2}
+    assert not set(rows % 40) & set(held)
+    assert np.array_equal(schedule.batch(5, training) % 40, schedule.batch(5, training, 3, 40) % 40)
