@@ -22,21 +22,6 @@ if TYPE_CHECKING:
     from models.vlm import VisualLanguageModel
 
 
-def unnaturalness_map(backbone: "Backbone", vlm: "VisualLanguageModel", rgb: np.ndarray, layer: str) -> np.ndarray:
-    """Map (h-1, w-1) float64 of one layer for an image (H, W, 3) uint8 at its own size.
-
-    Raises:
-        UserError: the image is too small for the layer.
-    """
-    import torch
-
-    backbone.architecture.check_size(layer, *rgb.shape[:2], grid=3)
-    x = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)[None].float().to(backbone.device)  # (1, 3, H, W)
-    with torch.no_grad():
-        features = backbone(backbone.preprocess(x), [layer])
-        return vlm.unnaturalness_maps(features)[layer][0].cpu().double().numpy()
-
-
 def list_inputs(paths: list[str]) -> dict[str, Path]:
     """Image files by output name; a folder stands for all files right inside it that Pillow may open.
 
@@ -103,7 +88,7 @@ def process(
     args, name: str, path: Path, backbone: "Backbone", vlm: "VisualLanguageModel", out: Path, facts: dict
 ) -> str:
     """One image from file to maps; returns what was done."""
-    from models.saliency import postprocess, postprocess_original
+    from models.saliency import postprocess, postprocess_original, unnaturalness_map
     from pipeline.images import limit_side, read_rgb
 
     if not path.is_file():
