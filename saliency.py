@@ -72,14 +72,7 @@ def get_parser() -> cli.Parser:
         "--layer", help="layer whose map is used (default: the deepest trained; paper: conv5_4 of VGG-19)"
     )
     parser.add_argument("--max-side", type=cli.positive, help="shrink larger images to this side, to save memory")
-    parser.add_argument("--power", type=cli.positive_number, default=0.5, help="of the map (original code: 0.5)")
-    parser.add_argument("--blur", type=cli.fraction, default=0.03, help="of the image's sides (original code: 0.03)")
-    parser.add_argument(
-        "--postprocess",
-        choices=("float", "original"),
-        default="float",
-        help="original rounds to 256 levels on the way, as the paper's code did",
-    )
+    cli.add_postprocess_options(parser)
     parser.add_argument("--out", type=Path, help="folder (default: ROOT/saliency)")
     return parser
 
