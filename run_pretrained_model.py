@@ -48,8 +48,8 @@ def unnaturalness_maps(args, image: Path, checkpoint: Path, out: Path) -> dict[s
     """Compute and write the map of every layer of a checkpoint; returns them by `<backbone> <layer>`."""
     from matplotlib import colormaps
 
-    import saliency
     from models.checkpoints import load_vlm
+    from models.saliency import unnaturalness_map
     from pipeline.figures import HEAT
     from pipeline.images import limit_side, read_rgb, write_png
 
@@ -63,7 +63,7 @@ def unnaturalness_maps(args, image: Path, checkpoint: Path, out: Path) -> dict[s
     maps = {}
     with cli.Progress(len(vlm.layers), f"unnaturalness of {name}", "layers") as progress:
         for layer in vlm.layers:
-            raw = saliency.unnaturalness_map(backbone, vlm, rgb, layer)
+            raw = unnaturalness_map(backbone, vlm, rgb, layer)
             artefacts.write_array(out / f"{name}-{layer}.npy", raw)
             root = np.sqrt(raw / max(raw.max(), 1e-300))
             write_png(out / f"{name}-{layer}.png", (colormaps[HEAT](root)[:, :, :3] * 255).astype(np.uint8))

@@ -22,21 +22,6 @@ if TYPE_CHECKING:
     from models.vlm import VisualLanguageModel
 
 
-def unnaturalness_map(backbone: "Backbone", vlm: "VisualLanguageModel", rgb: np.ndarray, layer: str) -> np.ndarray:
-    """Map (h-1, w-1) float64 of one layer for an image (H, W, 3) uint8 at its own size.
-
-    Raises:
-        UserError: the image is too small for the layer.
-    """
-    import torch
-
-    backbone.architecture.check_size(layer, *rgb.shape[:2], grid=3)
-    x = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)[None].float().to(backbone.device)  # (1, 3, H, W)
-    with torch.no_grad():
-        features = backbone(backbone.preprocess(x), [layer])
-        return vlm.unnaturalness_maps(features)[layer][0].cpu().double().numpy()
-
-
 def list_inputs(paths: list[str]) -> dict[str, Path]:
     """Image files by output name; a folder stands for all files right inside it that Pillow may open.
 
@@ -87,14 +72,7 @@ def get_parser() -> cli.Parser:
         "--layer", help="layer whose map is used (default: the deepest trained; paper: conv5_4 of VGG-19)"
     )
     parser.add_argument("--max-side", type=cli.positive, help="shrink larger images to this side, to save memory")
-    parser.add_argument("--power", type=cli.positive_number, default=0.5, help="of the map (original code: 0.5)")
-    parser.add_argument("--blur", type=cli.fraction, default=0.03, help="of the image's sides (original code: 0.03)")
-    parser.add_argument(
-        "--postprocess",
-        choices=("float", "original"),
-        default="float",
-        help="original rounds to 256 levels on the way, as the paper's code did",
-    )
+    cli.add_postprocess_options(parser)
     parser.add_argument("--out", type=Path, help="folder (default: ROOT/saliency)")
     return parser
 
@@ -103,7 +81,7 @@ def process(
     args, name: str, path: Path, backbone: "Backbone", vlm: "VisualLanguageModel", out: Path, facts: dict
 ) -> str:
     """One image from file to maps; returns what was done."""
-    from models.saliency import postprocess, postprocess_original
+    from models.saliency import postprocess, postprocess_original, unnaturalness_map
     from pipeline.images import limit_side, read_rgb
 
     if not path.is_file():

@@ -34,13 +34,14 @@ class RemoteFile:
     size: int | None = None
     sha256: str | None = None
     sha1: str | None = None
+    md5: str | None = None
 
     def mismatch(self, path: Path) -> str | None:
         """What is wrong with a file at `path`, or None if its size and hashes are right."""
         size = path.stat().st_size
         if self.size is not None and size != self.size:
             return f"has {size} bytes instead of {self.size}"
-        for algorithm, expected in (("sha256", self.sha256), ("sha1", self.sha1)):
+        for algorithm, expected in (("sha256", self.sha256), ("sha1", self.sha1), ("md5", self.md5)):
             if expected and not file_hash(path, algorithm).startswith(expected):
                 return f"has another {algorithm} than {expected}"
         return None

@@ -1,13 +1,47 @@
-"""From the unnaturalness map of one layer to a saliency map of the image's size."""
+"""From an image to the unnaturalness map of a layer, and from that to a saliency map of the image's size."""
+
+from collections.abc import Iterable
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import gaussian_filter
-from torch import from_numpy
+from torch import Tensor, from_numpy
+
+from models.backbones import Backbone
+from models.vlm import VisualLanguageModel
 
 POWER = 0.5  # original code
 BLUR = 0.03  # original code, of the image's height and width
+
+
+def projected_features(
+    backbone: Backbone, vlm: VisualLanguageModel, rgb: np.ndarray, layers: Iterable[str]
+) -> dict[str, Tensor]:
+    """What the language models of some layers read of an image (H, W, 3) uint8 at its own size: (1, D, h, w) each.
+
+    Raises:
+        UserError: the image is too small for a layer.
+    """
+    layers = list(layers)
+    for layer in layers:
+        backbone.architecture.check_size(layer, *rgb.shape[:2], grid=3)
+    x = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)[None].float().to(backbone.device)  # (1, 3, H, W)
+    with torch.no_grad():
+        features = backbone(backbone.preprocess(x), layers)
+        return {layer: vlm.projections[layer](features[layer]) for layer in layers}
+
+
+def unnaturalness_map(backbone: Backbone, vlm: VisualLanguageModel, rgb: np.ndarray, layer: str) -> np.ndarray:
+    """Map (h-1, w-1) float64 of one layer for an image (H, W, 3) uint8 at its own size.
+
+    Raises:
+        UserError: the image is too small for the layer.
+    """
+    p = projected_features(backbone, vlm, rgb, [layer])[layer]
+    with torch.no_grad():
+        return vlm.layers[layer].unnaturalness_map(p)[0].cpu().double().numpy()
 
 
 def postprocess(

@@ -125,7 +125,7 @@ def is_finished(artefact: Path, facts: Facts, overwrite: bool) -> bool:
         return False
     found = read_json(sidecar)
     if changed := differences(found if isinstance(found, dict) else {}, facts):
-        raise UserError(f"{artefact} was made otherwise ({'; '.join(changed)}): use --overwrite or another --root")
+        raise UserError(f"{artefact} was made otherwise ({'; '.join(changed)}): use --overwrite or another folder")
     return True
 
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +37,30 @@ def stage_parser(doc: str, *, workspace: bool = True) -> Parser:
     `workspace` adds --preset and --root.
     """
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_options(parser, workspace=workspace)
+    return parser
+
+
+def command_parser(doc: str, commands: Mapping[str, Any]) -> Parser:
+    """A parser for a script of several commands, each with the options every stage has.
+
+    `commands` are modules by the command's name: their docstring explains the command, `add_options(parser)` adds its
+    options.
+    """
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in commands.items():
+        first_line = module.__doc__.partition("\n")[0]
+        command = choices.add_parser(
+            name, help=first_line, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        add_common_options(command, workspace=False)
+        module.add_options(command)
+    return parser
+
+
+def add_common_options(parser: argparse.ArgumentParser, *, workspace: bool) -> None:
+    """Options of `stage_parser`."""
     if workspace:
         parser.add_argument(
             "--preset",
@@ -49,7 +73,6 @@ def stage_parser(doc: str, *, workspace: bool = True) -> Parser:
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes cuda, then mps, then cpu")
     parser.add_argument("--seed", type=natural, default=0, help="everything that is drawn follows from it (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="start afresh where finished or partial results stand")
-    return parser
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None, stage: str) -> argparse.Namespace:
@@ -118,6 +141,18 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
         help="imagenet_mean.binaryproto for the Caffe backbones (default: downloaded)",
     )
     parser.add_argument("--cache", type=Path, help="folder of downloads (default: $CNN_VLM_CACHE or ~/.cache/cnn-vlm)")
+
+
+def add_postprocess_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say how an unnaturalness map becomes a saliency map."""
+    parser.add_argument("--power", type=positive_number, default=0.5, help="of the map (original code: 0.5)")
+    parser.add_argument("--blur", type=fraction, default=0.03, help="of the image's sides (original code: 0.03)")
+    parser.add_argument(
+        "--postprocess",
+        choices=("float", "original"),
+        default="float",
+        help="original rounds to 256 levels on the way, as the paper's code did",
+    )
 
 
 def load_backbone(args: argparse.Namespace, name: str, layers: list[str], device: Any) -> tuple[Any, Any]:

@@ -75,16 +75,24 @@ def picture_row(pictures: dict[str, np.ndarray], path: Path) -> None:
     picture_grid([pictures], path)
 
 
-def picture_grid(rows: list[dict[str, np.ndarray]], path: Path) -> None:
-    """Rows of pictures under their titles, every row as wide as the widest; see `picture_row`."""
+def picture_grid(
+    rows: list[dict[str, np.ndarray]], path: Path, points: list[tuple[np.ndarray, np.ndarray]] | None = None
+) -> None:
+    """Rows of pictures under their titles, every row as wide as the widest; see `picture_row`.
+
+    `points` are x and y (K,) by row, in pixels from the top left edge, drawn on the heat maps.
+    """
     widest = max(len(row) for row in rows)
     heights = [3.2 * widest / len(row) + 0.4 for row in rows]
     figure = new_figure(3.2 * widest, sum(heights))
     parts = np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=heights))
-    for part, row in zip(parts, rows, strict=True):
+    for number, (part, row) in enumerate(zip(parts, rows, strict=True)):
         axes = part.subplots(1, len(row), squeeze=False)[0]
         for ax, (title, picture) in zip(axes, row.items(), strict=True):
             ax.imshow(picture, **({"cmap": HEAT} if picture.ndim == 2 else {}))
+            if points is not None and picture.ndim == 2:
+                x, y = points[number]
+                ax.scatter(x - 0.5, y - 0.5, s=4, color="cyan", linewidths=0)  # a pixel's centre has whole coordinates
             ax.set_title(title, fontsize=10)
             ax.set_axis_off()
     save_figure(figure, path)

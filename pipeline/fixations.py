@@ -1,4 +1,4 @@
-"""Human fixations in: CSV files, and the MATLAB files of the OSIE and Toronto data sets.
+"""Human fixations in: CSV files, and the MATLAB files of the OSIE, Toronto and MIT1003 data sets.
 
 Coordinates are pixels from the left and top edge and are kept as the file states them (no shift from MATLAB's count
 from 1, as in the MIT/Tübingen benchmark). What a reader does with
@@ -28,12 +28,14 @@ import numpy as np
 
 from models.errors import UserError
 from models.fixation_metrics import fixations_elsewhere
+from pipeline.gaze import fixation_centres
 from pipeline.images import read_rgb
 
 UNKNOWN_SUBJECT = -1
 COLUMNS = ("image", "subject", "x", "y")
 MATLAB_LIMIT = 512 << 20  # bytes of a file, and that its variables may unpack to
 MATLAB_FIELDS = 1000  # of a structure
+MATLAB_NAME = 63  # letters of a variable's name
 MATLAB_DEPTH = 8  # cells and structures within one another; OSIE's file has 5
 ROTATED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 Row = tuple[str, int, float, float]  # image, subject, x, y
@@ -110,15 +112,20 @@ def _image_size(file: Path) -> tuple[int, int]:
 
 
 def read_fixations(path: Path, stimuli: Mapping[str, tuple[int, int]]) -> Fixations:
-    """Fixations from a .csv file or from OSIE's or Toronto's .mat file, told apart by name and content.
+    """Fixations from a .csv file, OSIE's or Toronto's .mat file or MIT1003's folder, told apart by name and content.
 
     Raises:
-        UserError: as the three readers, or another kind of file.
+        UserError: as the four readers, or another kind of file.
     """
+    if path.is_dir():
+        return read_mit1003(path, stimuli)
     if path.suffix.lower() == ".csv":
         return read_csv(path, stimuli)
     if path.suffix.lower() != ".mat":
-        raise UserError(f"{path} is not a table of fixations: give a .csv file, or OSIE's or Toronto's .mat file")
+        raise UserError(
+            f"{path} is not a table of fixations: give a .csv file, OSIE's or Toronto's .mat file, or MIT1003's "
+            "unpacked folder DATA"
+        )
     variables = _read_matlab(path, ("fixations", "white"))
     if "fixations" in variables:
         return _collect(path, _osie_rows(path, variables["fixations"]), stimuli)
@@ -294,6 +301,35 @@ def _toronto_rows(path: Path, maps: Any, stimuli: Mapping[str, tuple[int, int]])
             )
         for row, column in np.argwhere(values != 0).tolist():
             yield str(number), UNKNOWN_SUBJECT, float(column), float(row)
+
+
+def read_mit1003(folder: Path, stimuli: Mapping[str, tuple[int, int]]) -> Fixations:
+    """Fixations of MIT1003 (Judd et al., ICCV 2009) from its raw gaze, the unpacked `DATA.zip`.
+
+    `<subject>/<image>.mat` holds a variable called as the image (its first 63 letters) with the field `DATA` and in
+    that `eyeData` (T, 2 or more): x and y of every sample. People are numbered in the order of their folders' names.
+    The first fixation of each trial, on the cross shown before, is left out, as its authors do.
+
+    Raises:
+        UserError: no such folder, none of the images in it, or a file that is damaged or built otherwise.
+    """
+    return _collect(folder, _mit1003_rows(folder, stimuli), stimuli)
+
+
+def _mit1003_rows(folder: Path, stimuli: Mapping[str, tuple[int, int]]) -> Iterator[Row]:
+    people = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "_")))
+    for number, person in enumerate(people):
+        for name in stimuli:
+            path = person / f"{Path(name).stem}.mat"
+            if not path.is_file():
+                continue
+            variable = path.stem[:MATLAB_NAME]
+            trial = _field(path, _read_matlab(path, (variable,)), variable, dict)
+            gaze = _field(path, _field(path, trial, "DATA", dict), "eyeData", np.ndarray)
+            if gaze.ndim != 2 or gaze.shape[1] < 2:
+                raise UserError(f"{path}: eyeData is not a table of x and y: give MIT1003's own file")
+            for x, y in fixation_centres(gaze[:, :2])[1:].tolist():
+                yield name, number, x, y
 
 
 def _variable(path: Path, name: str) -> Any:

@@ -1,0 +1,30 @@
+"""Tables: saliency maps against human fixations.
+
+In:  see the commands.
+Out: tables, per-image scores and pictures in the folder of --out.
+
+    python evaluate.py fixations --stimuli photos/ --fixations fixations.csv
+    python evaluate.py fixations --help
+"""
+
+import sys
+
+from pipeline import cli, fixation_scores
+
+# Modules with a docstring, add_options(parser) and run(args) -> exit code.
+COMMANDS = {"fixations": fixation_scores}
+
+
+def get_parser() -> cli.Parser:
+    """Options of all commands."""
+    return cli.command_parser(__doc__, COMMANDS)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command."""
+    args = get_parser().parse_args(argv)
+    return COMMANDS[args.command].run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

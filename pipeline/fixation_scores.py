@@ -1,0 +1,360 @@
+"""How well saliency maps predict where people look, beside controls.
+
+In:  stimuli (a folder of images) and fixations: a .csv with the columns image, subject, x, y; OSIE's fixations.mat;
+     Toronto's origfixdata.mat; MIT1003's unpacked folder DATA; or --dataset, which downloads all of these.
+     Maps: of checkpoints (--vlm, --layer), of folders (--maps) or baselines (--baseline).
+Out: OUT/scores.csv, a line per image and model; OUT/summary.json, means with 95 % intervals over images, and paired
+     differences; OUT/table.md, both as tables; OUT/examples-<model>.png, the best, median and worst image by AUC with
+     the fixations on the map; OUT/maps/, the maps before post-processing, which another run takes up again.
+
+    python evaluate.py fixations --stimuli photos/ --fixations fixations.csv --vlm models/pretrained/vgg16.safetensors
+
+Metrics: AUC (all pixels as negatives), shuffled AUC, NSS, CC, SIM and KLD as the MIT/Tübingen benchmark defines them.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.errors import UserError
+from pipeline import artefacts, cli
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pipeline.fixations import Fixations
+    from pipeline.map_sources import Row, Source
+
+METRICS = ("auc", "sauc", "nss", "cc", "sim", "kld")
+DATASETS = ("osie", "toronto", "mit1003")
+BASELINES = ("centre-gaussian", "spectral-residual", "spectral-residual-raw", "uniform")
+OBSERVERS = "inter-observer"
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+Scores = dict[str, dict[str, float]]  # by row and metric, of one image
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of this command."""
+    parser.add_argument("--stimuli", type=Path, help="folder of the images")
+    parser.add_argument("--fixations", type=Path, help=".csv, .mat, or MIT1003's folder DATA")
+    parser.add_argument("--dataset", choices=DATASETS, help="download this data set instead")
+    parser.add_argument("--skip", type=cli.natural, default=0, help="leave out the first images (default: 0)")
+    parser.add_argument("--limit", type=cli.positive, help="take so many images (default: all)")
+    parser.add_argument(
+        "--vlm", type=Path, nargs="+", default=[], help="checkpoints (default: those in models/pretrained)"
+    )
+    parser.add_argument("--layer", nargs="+", help="layers, each a model of its own (default: the deepest trained)")
+    parser.add_argument(
+        "--maps", type=Path, nargs="+", default=[], help="folders of .npy or grey .png, named as the stimuli"
+    )
+    parser.add_argument("--baseline", choices=BASELINES, nargs="+", default=[], help="further baselines")
+    cli.add_postprocess_options(parser)
+    cli.add_weights_options(parser)
+    parser.add_argument("--out", type=Path, default=Path("out/fixations"), help="folder (default: out/fixations)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate; a finished evaluation is shown again, an interrupted one goes on."""
+    from pipeline.map_sources import Row, build_sources
+
+    device = cli.pick_device(args.device)
+    cli.announce(args, device)
+    images, fixations = read_data(args)
+    sources = build_sources(args, device, images, fixations.sizes)
+    rows = {name: row for source in sources for name, row in source.rows.items()}
+    rows[OBSERVERS] = Row("ceiling", "fixations of all other people, blurred, as the map of each person")
+    facts = {
+        "stage": "fixations",
+        "images": text_sha256("".join(map(artefacts.file_sha256, images))),
+        "fixations": fixations_sha256(fixations),
+        "models": list(rows),
+        "sources": text_sha256(json.dumps([source.facts for source in sources])),
+        **{key: getattr(args, key) for key in ("power", "blur", "postprocess", "seed")},
+    }
+    if artefacts.is_finished(args.out / "summary.json", facts, args.overwrite):
+        print((args.out / "table.md").read_text(encoding="utf-8"))
+        print(f"{args.out} is finished: nothing to do")
+        return 0
+    journal = Journal(args.out / "scores.partial", facts, args.overwrite)
+    scores = score_images(sources, images, fixations, journal)
+    write_results(args, rows, scores, fixations, sources, images, facts)
+    journal.remove()
+    return 0
+
+
+def read_data(args: argparse.Namespace) -> "tuple[list[Path], Fixations]":
+    """Image files and their fixations for the options; says what was left out.
+
+    Raises:
+        UserError: nothing given, both ways given, or nothing usable found.
+    """
+    from PIL import Image
+
+    from pipeline.fixation_datasets import obtain
+    from pipeline.fixations import image_sizes, read_fixations
+
+    if (args.dataset is None) == (args.stimuli is None or args.fixations is None):
+        raise UserError("give either --dataset, or both --stimuli DIR and --fixations FILE")
+    if args.dataset:
+        images, path = obtain(args.dataset, args.cache)
+    else:
+        path, folder = args.fixations, args.stimuli
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder: give the folder of the images with --stimuli")
+        extensions = Image.registered_extensions()
+        images = sorted(p for p in folder.iterdir() if p.suffix.lower() in extensions and p.is_file())
+    images = images[args.skip :][: args.limit]
+    fixations = read_fixations(path, image_sizes(images))
+    without = fixations.images_without()
+    print(
+        f"{len(images)} images, {len(fixations)} fixations; left out: {fixations.outside} outside their image, "
+        f"{fixations.not_finite} lost, {fixations.unknown} of other images; images without fixations: {len(without)}"
+    )
+    if len(without) == len(images):
+        raise UserError(f"{path} has no usable fixation on these images: give others")
+    return images, fixations
+
+
+def text_sha256(text: str) -> str:
+    """Hash of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fixations_sha256(fixations: "Fixations") -> str:
+    """Hash of everything that a metric reads of them."""
+    digest = hashlib.sha256("\n".join(fixations.names).encode())
+    for array in (fixations.sizes, fixations.image_index, fixations.x, fixations.y, fixations.subject):
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+class Journal:
+    """Scores of the images done so far, a JSON line each, so that a killed evaluation goes on.
+
+    The first line is the hash of the facts; a journal of other facts is dropped.
+    """
+
+    def __init__(self, path: Path, facts: artefacts.Facts, overwrite: bool):
+        self.path, self.scores = path, {}
+        head = text_sha256(json.dumps(facts)) + "\n"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() and not overwrite else []
+        if not lines or lines[0] != head:
+            lines = [head]
+        kept = lines[:1]
+        for line in lines[1:]:
+            try:
+                name, scores = json.loads(line)
+            except ValueError:  # a line that a kill cut off
+                break
+            kept.append(line)
+            self.scores[name] = scores
+        artefacts.write_text(path, "".join(kept))
+
+    def add(self, name: str, scores: Scores) -> None:
+        """Note the scores of an image."""
+        self.scores[name] = scores
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([name, scores]) + "\n")
+
+    def remove(self) -> None:
+        """The results are written."""
+        self.path.unlink()
+
+
+def score_images(
+    sources: "list[Source]", images: list[Path], fixations: "Fixations", journal: Journal
+) -> dict[str, Scores]:
+    """Scores of every image by name, with a progress bar; those of the journal are taken from there."""
+    from pipeline.images import read_rgb
+
+    done = len(journal.scores)
+    if done:
+        print(f"{done} images were scored before")
+    with cli.Progress(len(images), "evaluating", "images", done) as progress:
+        for number, image in enumerate(images):
+            if image.name in journal.scores:
+                continue
+            rgb = read_rgb(image)
+            maps = {name: values for source in sources for name, values in source.maps(image, rgb).items()}
+            journal.add(image.name, score_image(maps, fixations, number))
+            progress.update(note=image.name)
+    return {image.name: journal.scores[image.name] for image in images}
+
+
+def score_image(maps: "dict[str, np.ndarray]", fixations: "Fixations", number: int) -> Scores:
+    """All metrics of all maps (H, W) of image `number`, and how well people predict one another there."""
+    from models.fixation_metrics import all_scores, inter_observer
+
+    x, y, subject = fixations.of_image(number)
+    elsewhere = fixations.elsewhere(number)
+    height, width = fixations.sizes[number].tolist()
+    scores = {}
+    for name, values in maps.items():
+        if values.shape != (height, width):
+            raise AssertionError(f"the map of {name} is {values.shape}, its image ({height}, {width})")
+        scores[name] = all_scores(values, x, y, *elsewhere)
+    observers = inter_observer(x, y, subject, *elsewhere, height, width)
+    scores[OBSERVERS] = {metric: observers.get(metric, math.nan) for metric in METRICS}
+    return scores
+
+
+def columns(scores: dict[str, Scores], row: str) -> "dict[str, np.ndarray]":
+    """Scores (N,) of one row by metric."""
+    import numpy as np
+
+    return {metric: np.array([image[row][metric] for image in scores.values()]) for metric in METRICS}
+
+
+def summarise(scores: dict[str, Scores], row: str, seed: int) -> dict[str, Any]:
+    """Mean over images and bootstrap interval of every metric; None where there is no score."""
+    import numpy as np
+
+    from models.fixation_metrics import bootstrap_interval
+
+    means, intervals = {}, {}
+    for metric, values in columns(scores, row).items():
+        values = values[~np.isnan(values)]
+        means[metric] = float(values.mean()) if values.size else None
+        interval = bootstrap_interval(values, confidence=CONFIDENCE, resamples=RESAMPLES, seed=seed)
+        intervals[metric] = _numbers(interval)
+    return {**means, "intervals": intervals}
+
+
+def differences(scores: dict[str, Scores], rows: "dict[str, Row]", seed: int) -> list[dict[str, Any]]:
+    """Paired differences with intervals: every model against its controls, the baselines and the models after it."""
+    from models.fixation_metrics import paired_difference
+
+    models = [name for name, row in rows.items() if row.kind == "model"]
+    baselines = [name for name, row in rows.items() if row.kind == "baseline"]
+    found = []
+    for place, first in enumerate(models):
+        for second in (*rows[first].controls, *baselines, *models[place + 1 :]):
+            ours, theirs = columns(scores, first), columns(scores, second)
+            entry: dict[str, Any] = {"first": first, "second": second}
+            for metric in METRICS:
+                settings = {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": seed}
+                difference, *interval = paired_difference(ours[metric], theirs[metric], **settings)
+                entry[metric] = None if math.isnan(difference) else difference
+                entry.setdefault("intervals", {})[metric] = _numbers(interval)
+            found.append(entry)
+    return found
+
+
+def _numbers(interval: Any) -> list[float] | None:
+    return None if any(math.isnan(end) for end in interval) else list(interval)
+
+
+def write_results(
+    args: argparse.Namespace,
+    rows: "dict[str, Row]",
+    scores: dict[str, Scores],
+    fixations: "Fixations",
+    sources: "list[Source]",
+    images: list[Path],
+    facts: artefacts.Facts,
+) -> None:
+    """All files of OUT; summary.json and its sidecar come last."""
+    counts = [len(fixations.of_image(number)[0]) for number in range(len(images))]
+    artefacts.write_text(args.out / "scores.csv", scores_csv(scores, counts))
+    summary = {
+        "images": len(images),
+        "images_scored": sum(count > 0 for count in counts),
+        "fixations": len(fixations),
+        "left_out": {key: getattr(fixations, key) for key in ("outside", "not_finite", "unknown")},
+        "confidence": CONFIDENCE,
+        "models": {
+            name: {"kind": row.kind, "about": row.about, **summarise(scores, name, args.seed)}
+            for name, row in rows.items()
+        },
+        "differences": differences(scores, rows, args.seed),
+        "sources": [source.facts for source in sources],
+        "versions": cli.versions(),
+    }
+    table = markdown(summary)
+    artefacts.write_text(args.out / "table.md", table)
+    for name, row in rows.items():
+        if row.kind == "model":
+            draw_examples(args.out / f"examples-{name}.png", name, row, scores, fixations, sources, images)
+    artefacts.write_json(args.out / "summary.json", summary)
+    artefacts.write_json(artefacts.sidecar_path(args.out / "summary.json"), facts)
+    print(table)
+    print(f"{args.out}: scores.csv, summary.json, table.md and examples of {len(images)} images")
+
+
+def scores_csv(scores: dict[str, Scores], counts: list[int]) -> str:
+    """A line per image and row: image, model, number of fixations, the metrics; empty where there is no score."""
+    lines = [",".join(("image", "model", "fixations", *METRICS))]
+    for (image, of_image), count in zip(scores.items(), counts, strict=True):
+        for name, values in of_image.items():
+            numbers = ("" if math.isnan(values[m]) else f"{values[m]:.6f}" for m in METRICS)
+            quoted = ('"' + text.replace('"', '""') + '"' if set(text) & set(',"') else text for text in (image, name))
+            lines.append(",".join((*quoted, str(count), *numbers)))
+    return "\n".join(lines) + "\n"
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """Both tables, aligned."""
+    scored = f"{summary['images_scored']} images, {summary['fixations']} fixations"
+    percent = f"{summary['confidence']:.0%} bootstrap intervals over images"
+    names = [metric.upper().replace("SAUC", "sAUC") for metric in METRICS]
+    scores = [[name, *_cells(values)] for name, values in summary["models"].items()]
+    pairs = [[f"{d['first']} − {d['second']}", *_cells(d, signed=True)] for d in summary["differences"]]
+    parts = [f"Mean over {scored}, with {percent}.", _table(["model", *names], scores)]
+    if pairs:
+        parts += [f"Paired differences, with {percent}.", _table(["first − second", *names], pairs)]
+    parts.append("\n".join(f"- {name}: {values['about']}" for name, values in summary["models"].items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cells(values: dict[str, Any], signed: bool = False) -> list[str]:
+    """`0.836 [0.825, 0.846]` by metric."""
+    style = "+.3f" if signed else ".3f"
+    cells = []
+    for metric in METRICS:
+        mean, interval = values[metric], values["intervals"][metric]
+        ends = f" [{interval[0]:{style}}, {interval[1]:{style}}]" if interval else ""
+        cells.append("–" if mean is None else f"{mean:{style}}{ends}")
+    return cells
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in (head, rule, *lines)
+    )
+
+
+def draw_examples(
+    path: Path,
+    name: str,
+    row: "Row",
+    scores: dict[str, Scores],
+    fixations: "Fixations",
+    sources: "list[Source]",
+    images: list[Path],
+) -> None:
+    """Best, median and worst image of a model by AUC: photo, its map and those of its controls, fixations as dots."""
+    import numpy as np
+
+    from pipeline.figures import picture_grid
+    from pipeline.images import read_rgb
+
+    values = columns(scores, name)["auc"]
+    order = [int(i) for i in np.argsort(-values, kind="stable") if not math.isnan(values[i])]
+    chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
+    pictures, points = [], []
+    for rank, number in chosen.items():
+        rgb = read_rgb(images[number])
+        own = [source for source in sources if {name, *row.controls} & source.rows.keys()]
+        maps = {key: values for source in own for key, values in source.maps(images[number], rgb).items()}
+        titles = {key: f"{key}\nAUC {scores[images[number].name][key]['auc']:.3f}" for key in (name, *row.controls)}
+        photo = {f"{rank} of {len(order)}\n{images[number].name}": rgb}
+        pictures.append(photo | {title: maps[key] for key, title in titles.items()})
+        points.append(fixations.of_image(number)[:2])
+    picture_grid(pictures, path, points)
