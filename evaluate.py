@@ -1,18 +1,19 @@
-"""Tables: saliency maps against human fixations.
+"""Tables: saliency maps against human fixations, reconstructions against one another.
 
 In:  see the commands.
 Out: tables, per-image scores and pictures in the folder of --out.
 
     python evaluate.py fixations --stimuli photos/ --fixations fixations.csv
+    python evaluate.py reconstruction out/alexnet/reconstructions
     python evaluate.py fixations --help
 """
 
 import sys
 
-from pipeline import cli, fixation_scores
+from pipeline import cli, fixation_scores, reconstruction_scores
 
 # Modules with a docstring, add_options(parser) and run(args) -> exit code.
-COMMANDS = {"fixations": fixation_scores}
+COMMANDS = {"fixations": fixation_scores, "reconstruction": reconstruction_scores}
 
 
 def get_parser() -> cli.Parser:

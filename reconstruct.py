@@ -1,11 +1,13 @@
-"""Stage 4: a CNN feature -> the image that has it.
+"""Stage 4: CNN features -> the images that have them.
 
-In:  the image whose feature is inverted, or the feature itself (.npy); ROOT/vlm.safetensors, of stage 3.
-Out: OUT/reconstruction.png and .npy (H, W, 3) float32 RGB, of the best restart; OUT/restart-<r>.png of each;
-     OUT/snapshots/; OUT/curves.csv and curves.png with every term of the loss; OUT/comparison.png;
-     OUT/parameters.json.
+In:  images whose feature is inverted, or features themselves (.npy), or rows of ROOT/images.npy; ROOT/vlm.safetensors,
+     of stage 3.
+Out: a folder per input with reconstruction.png and .npy (H, W, 3) float32 RGB, of the best restart; image.png, what
+     was inverted; restart-<r>.png of each; snapshots/; curves.csv and curves.png with every term of the loss;
+     comparison.png; parameters.json.
 
     python reconstruct.py photo.jpg --preset alexnet --target pool5 --regularizer vlm
+    python reconstruct.py --held-out --regularizer tv
 """
 
 import csv
@@ -13,14 +15,16 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from models.errors import UserError
-from models.randomness import seed_for
+from models.randomness import seed_for, split_images
+from models.regularizers import REGULARIZERS, learning_rate_for, penalties_for
 from pipeline import artefacts, cli
 
 if TYPE_CHECKING:
@@ -29,16 +33,19 @@ if TYPE_CHECKING:
     from models.backbones import Backbone
     from models.losses import ReconstructionLoss
     from models.optimizer import MomentumSGD
+    from models.vlm import VisualLanguageModel
 
-REGULARIZERS = ("vlm", "none")
-LEARNING_RATE = 2.0**19  # original code, of pixels in 0-255; its README says 2^20
-# The paper's rate diverges or stalls here; measured on the sample photos, 100 iterations (backbone, tap) -> rate.
-LEARNING_RATES: dict[tuple[str, str], float] = {}
+DECAY = 0.1  # of the learning rate, at the iterations of --decay-at
+WEIGHT_OPTIONS = {"l2": "l2_weight", "tv": "tv_weight"}  # penalty -> its option
 
 
-def default_learning_rate(backbone: str, tap: str) -> float:
-    """The rate that works for a tap: the paper's, unless measured otherwise."""
-    return LEARNING_RATES.get((backbone, tap), LEARNING_RATE)
+@dataclass(frozen=True)
+class Source:
+    """One thing to invert: an image or feature file, or a row of images.npy."""
+
+    name: str
+    path: Path
+    row: int | None = None
 
 
 def descend(
@@ -48,15 +55,21 @@ def descend(
     iterations: int,
     callback: Callable[[int, dict[str, float]], None],
     first: int = 0,
+    decay_at: Sequence[int] = (),
 ) -> None:
     """Minimise `loss` over `pixels` (1, 3, H, W), which `optimizer` changes in place.
 
+    Before each update of `decay_at`, counted from 0, the learning rate falls to a tenth and the momentum to zero.
     `callback(i, terms)` gets the terms before update `i` (as the original printed them), once it is made.
 
     Raises:
         UserError: the loss is no longer finite.
     """
+    rate = optimizer.lr
     for i in range(first, iterations):
+        optimizer.lr = rate * DECAY ** sum(i >= at for at in decay_at)
+        if i in decay_at:
+            optimizer.reset_momentum()
         optimizer.zero_grad()
         terms = loss(pixels)
         total = terms["total"].item()
@@ -76,6 +89,22 @@ def to_picture(backbone: "Backbone", pixels: "torch.Tensor") -> np.ndarray:
     return rgb.cpu().numpy().astype(np.uint8)
 
 
+def start_pixels(
+    backbone: "Backbone", kind: str, statistics: dict[str, dict[str, "torch.Tensor"]], seed: int
+) -> "torch.Tensor":
+    """What a descent starts from, mean-subtracted pixels (1, 3, h, w); `kind` as in `Regularizer.start`."""
+    import torch
+
+    from models import losses
+
+    crop = backbone.architecture.crop
+    if kind == "zero":
+        return torch.zeros(1, 3, *crop, device=backbone.device)
+    if kind == "norm":
+        return losses.initial_pixels_of_norm(crop, seed).to(backbone.device)
+    return losses.initial_pixels(backbone, statistics["data"]["mean"], statistics["data"]["std"], crop, seed)
+
+
 class Restart:
     """One descent from its own noise, with its curves, snapshots and resumable state in a folder."""
 
@@ -86,15 +115,13 @@ class Restart:
         backbone: "Backbone",
         loss: "ReconstructionLoss",
         start: "torch.Tensor",
-        lr: float,
-        momentum: float,
         facts: artefacts.Facts,
     ):
         from models.optimizer import MomentumSGD
 
         self.number, self.folder, self.backbone, self.loss = number, folder, backbone, loss
         self.pixels = start.requires_grad_()
-        self.optimizer = MomentumSGD([self.pixels], lr, momentum)
+        self.optimizer = MomentumSGD([self.pixels], facts["learning_rate"], facts["momentum"])
         self.curves: list[dict[str, float]] = []
         self.facts = facts
         self.state = folder / f"restart-{number}.state.safetensors"
@@ -115,8 +142,9 @@ class Restart:
             self.optimizer.velocities[0].copy_(tensors["velocity"])
         self.curves = noted["curves"]
 
-    def run(self, iterations: int, snapshot_every: int) -> None:
-        """Descend; save a snapshot and the state every `snapshot_every` updates, and at the end or on Ctrl-C."""
+    def run(self, snapshot_every: int) -> None:
+        """Descend to the end; save a snapshot and the state every `snapshot_every` updates, and on Ctrl-C."""
+        iterations, decay_at = self.facts["iterations"], self.facts["decay_at"]
         what = f"reconstructing {self.facts['target']} ({self.facts['regularizer']})"
         with cli.Progress(iterations, what, "it", len(self.curves)) as progress:
 
@@ -127,7 +155,7 @@ class Restart:
                     self.snapshot(i + 1)
 
             try:
-                descend(self.loss, self.pixels, self.optimizer, iterations, callback, len(self.curves))
+                descend(self.loss, self.pixels, self.optimizer, iterations, callback, len(self.curves), decay_at)
             except (KeyboardInterrupt, cli.Terminated):
                 self.snapshot(len(self.curves))
                 raise
@@ -160,7 +188,12 @@ def get_parser() -> cli.Parser:
     """Options of this stage."""
     parser = cli.stage_parser(__doc__)
     cli.add_weights_options(parser)
-    parser.add_argument("input", metavar="IMAGE|FEATURE.npy", help="image to reconstruct, or a stored feature")
+    parser.add_argument(
+        "inputs", nargs="*", metavar="IMAGE|FOLDER|FEATURE.npy", help="images to reconstruct, or stored features"
+    )
+    parser.add_argument("--images", type=Path, help="images of stage 1 for --rows (default: ROOT/images.npy)")
+    parser.add_argument("--rows", type=cli.natural, nargs="+", metavar="ROW", help="reconstruct these of --images")
+    parser.add_argument("--held-out", action="store_true", help="reconstruct the rows that training held out")
     parser.add_argument("--vlm", type=Path, help="checkpoint, also for the statistics (default: ROOT/vlm.safetensors)")
     parser.add_argument(
         "--statistics",
@@ -168,91 +201,187 @@ def get_parser() -> cli.Parser:
         help="projection.safetensors of stage 2 with the mean and std of taps that the checkpoint lacks",
     )
     parser.add_argument("--target", default="pool5", metavar="TAP", help="feature to invert (paper: fc8 of AlexNet)")
-    parser.add_argument("--regularizer", choices=REGULARIZERS, default="vlm", help="none is the control")
-    parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers that regularise (default: all weighted)")
-    parser.add_argument("--layer-weights", nargs="+", type=cli.non_negative_number, help="λ of --layers, in order")
-    parser.add_argument("--iterations", type=cli.positive, default=1000, help="updates (paper: 1000)")
-    parser.add_argument(
-        "--learning-rate",
-        type=cli.positive_number,
-        help="of pixels in 0-255 (default: what was measured to work for the tap; paper: 524288)",
-    )
-    parser.add_argument("--momentum", type=cli.fraction, default=0.9, help="paper: 0.9")
-    parser.add_argument("--feature-weight", type=cli.non_negative_number, default=1.0, help="λ₁ (paper: 1)")
-    parser.add_argument("--vlm-weight", type=cli.non_negative_number, default=10.0, help="λ₂ (paper: 10)")
     parser.add_argument("--restarts", type=cli.positive, default=1, help="descents from other noise; the best is kept")
     parser.add_argument("--snapshot-every", type=cli.positive, default=100, help="updates between snapshots")
     parser.add_argument(
-        "--out", type=Path, help="folder (default: ROOT/reconstructions/<input>-<target>-<regularizer>)"
+        "--out",
+        type=Path,
+        help="folder, for several inputs one that holds a folder for each "
+        "(default: ROOT/reconstructions/<input>-<target>-<regularizer>)",
     )
+    add_objective_options(parser)
     return parser
 
 
-def read_target(args, backbone: "Backbone", tap: str) -> "tuple[torch.Tensor, np.ndarray | None]":
-    """The feature to invert (1, …) and the image it is of, (h, w, 3) uint8, if it was given as an image."""
+def add_objective_options(parser: cli.Parser) -> None:
+    """Options of the loss and its descent."""
+    weight = cli.non_negative_number
+    parser.add_argument(
+        "--regularizer",
+        choices=tuple(REGULARIZERS),
+        default="vlm",
+        help="vlm is the paper, none its control, l2 Simonyan's, tv Mahendran & Vedaldi's, each with its own descent",
+    )
+    parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers that regularise (default: all weighted)")
+    parser.add_argument("--layer-weights", nargs="+", type=weight, help="λ of --layers, in order")
+    parser.add_argument("--feature-weight", type=weight, default=1.0, help="λ₁ (paper: 1)")
+    parser.add_argument("--vlm-weight", type=weight, default=10.0, help="λ₂ (paper: 10)")
+    parser.add_argument("--l2-weight", type=weight, help="λ of the norm in l2")
+    parser.add_argument("--tv-weight", type=weight, help="λ of total variation in tv and vlm+tv (tv: by depth)")
+    parser.add_argument(
+        "--iterations", dest="updates", type=cli.positive, help="(default: the preset's, paper: 1000; l2, tv: 400)"
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=cli.positive_number,
+        help="of pixels in 0-255 (default: the authors', or what works for the tap; paper: 524288)",
+    )
+    parser.add_argument(
+        "--decay-at",
+        type=cli.natural,
+        nargs="*",
+        metavar="ITERATION",
+        help="divide the rate by ten and forget the momentum there (default: never; l2, tv: at 1/4 and 3/4)",
+    )
+    parser.add_argument("--momentum", type=cli.fraction, default=0.9, help="paper: 0.9")
+
+
+def resolve_defaults(args, backbone: str) -> None:
+    """Fill in what depends on regulariser, backbone and tap.
+
+    Raises:
+        UserError: an option that the regulariser does not have.
+    """
+    regularizer = REGULARIZERS[args.regularizer]
+    args.iterations = args.updates or regularizer.iterations or args.iterations  # `iterations` is the preset's
+    if args.learning_rate is None:
+        args.learning_rate = learning_rate_for(args.regularizer, backbone, args.target)
+    if args.decay_at is None:
+        args.decay_at = [round(part * args.iterations) for part in regularizer.decay_at]
+    args.penalties = penalties_for(args.regularizer, args.target)
+    for name, option in WEIGHT_OPTIONS.items():
+        value = getattr(args, option)
+        if value is not None and name not in args.penalties:
+            raise UserError(f"--{option.replace('_', '-')} means nothing to --regularizer {args.regularizer}: drop it")
+        if value is not None:
+            args.penalties[name] = value
+    if not regularizer.vlm:
+        args.vlm_weight = 0.0
+    if regularizer.start == "zero" and args.restarts > 1:
+        raise UserError(f"every descent of {args.regularizer} starts from the same image: use --restarts 1")
+
+
+def list_sources(args, configuration: dict) -> list[Source]:
+    """What is to be inverted, in order.
+
+    Raises:
+        UserError: nothing, or something that is not there.
+    """
+    from pipeline.images import list_images
+
+    files = list_images(args.inputs) if args.inputs else {}
+    sources = [Source(name, path) for name, path in files.items()]
+    for path in files.values():
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: give an image or a .npy feature")
+    if args.rows or args.held_out:
+        path = args.images or args.root / "images.npy"
+        images, facts = artefacts.open_array(path, "prepare_images.py")
+        rows = [*(args.rows or []), *(held_out_rows(configuration, facts) if args.held_out else [])]
+        for row in dict.fromkeys(rows):
+            if row >= len(images):
+                raise UserError(f"{path} has no row {row}: it holds {len(images)} images")
+            sources.append(Source(f"{row:05d}-{Path(facts['names'][row]).stem}", path, row))
+    if not sources:
+        raise UserError("nothing to reconstruct: give images, --rows or --held-out")
+    return sources
+
+
+def held_out_rows(configuration: dict, images: artefacts.Facts) -> list[int]:
+    """Rows of images.npy that no layer of the checkpoint was trained on, though its training knew them.
+
+    Raises:
+        UserError: there are none, the layers were split differently, or these are other images.
+    """
+    keys = ("num_images", "held_out", "seed", "images_sha256")
+    splits = {tuple(facts.get(key) for key in keys) for facts in configuration["training"].values()}
+    if len(splits) != 1:
+        raise UserError("the layers of the checkpoint were trained on different splits: name rows with --rows")
+    count, held_out, seed, digest = splits.pop()
+    if not held_out:
+        raise UserError("training held no images out: name rows with --rows")
+    if digest != images["content_sha256"]:
+        raise UserError("the checkpoint was trained on other images: give its images.npy with --images")
+    return split_images(count, held_out, seed)[1].tolist()
+
+
+def read_source(source: Source, backbone: "Backbone", tap: str) -> "tuple[torch.Tensor, np.ndarray | None, str]":
+    """The feature to invert (1, …), the image it is of, (h, w, 3) uint8, if there is one, and the input's sha256."""
     import torch
 
+    from models.backbones import centre_crop
     from pipeline.images import fit_to, read_rgb
 
-    path = Path(args.input)
-    if path.suffix == ".npy":
-        try:
-            feature = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{path} is not a readable .npy array ({error}): give another feature") from None
-        if feature.dtype.kind != "f" or not np.isfinite(feature).all():
-            raise UserError(f"{path} holds {feature.dtype} values or NaN: give finite floats")
-        feature = torch.from_numpy(feature.astype(np.float32))
-        dims = 2 if tap in backbone.architecture.fully_connected else 4
-        feature = feature if feature.ndim == dims else feature[None]
-        return feature.to(backbone.device), None
-    rgb = fit_to(read_rgb(path), *backbone.architecture.crop)
-    x = torch.from_numpy(rgb.copy()).permute(2, 0, 1)[None].float().to(backbone.device)
+    crop = backbone.architecture.crop
+    if source.row is not None:
+        stored = np.array(np.load(source.path, mmap_mode="r")[source.row])
+        x = centre_crop(torch.from_numpy(stored).permute(2, 0, 1)[None], *crop)  # (1, 3, h, w)
+        digest = artefacts.hash_rows(stored)
+    else:
+        digest = artefacts.file_sha256(source.path)
+        if source.path.suffix == ".npy":
+            return read_feature(source.path, backbone, tap), None, digest
+        x = torch.from_numpy(fit_to(read_rgb(source.path), *crop).copy()).permute(2, 0, 1)[None]
     with torch.no_grad():
-        return backbone(backbone.preprocess(x), [tap])[tap], rgb
+        feature = backbone(backbone.preprocess(x.float().to(backbone.device)), [tap])[tap]
+    return feature, x[0].permute(1, 2, 0).numpy(), digest
 
 
-def build_loss(args, backbone: "Backbone", target: "torch.Tensor") -> "tuple[ReconstructionLoss, dict]":
-    """The objective that the options describe, and the statistics of the checkpoint."""
-    from models.checkpoints import load_vlm
-    from models.losses import ReconstructionLoss, default_layer_weights
+def read_feature(path: Path, backbone: "Backbone", tap: str) -> "torch.Tensor":
+    """A stored feature with a leading axis of one; a UserError says why not."""
+    import torch
 
-    vlm, configuration = load_vlm(args.vlm or args.root / "vlm.safetensors")
+    try:
+        feature = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path} is not a readable .npy array ({error}): give another feature") from None
+    if feature.dtype.kind != "f" or not np.isfinite(feature).all():
+        raise UserError(f"{path} holds {feature.dtype} values or NaN: give finite floats")
+    tensor = torch.from_numpy(feature.astype(np.float32))
+    dims = 2 if tap in backbone.architecture.fully_connected else 4
+    return (tensor if tensor.ndim == dims else tensor[None]).to(backbone.device)
+
+
+def layer_weights(args, backbone: "Backbone", layers: list[str]) -> dict[str, float]:
+    """λ of each layer's language model; a UserError names what does not fit."""
+    from models.losses import default_layer_weights
+
+    weights = default_layer_weights(backbone.architecture)
+    if not args.layers:
+        return weights
+    unknown = [layer for layer in args.layers if layer not in layers]
+    if unknown:
+        raise UserError(f"the language model has no layer {unknown[0]}: choose from {', '.join(layers)}")
+    values = args.layer_weights or [weights.get(layer, 1.0) for layer in args.layers]
+    if len(values) != len(args.layers):
+        raise UserError(f"--layer-weights has {len(values)} values for {len(args.layers)} --layers: give one each")
+    return dict(zip(args.layers, values, strict=True))
+
+
+def read_all_statistics(args, vlm: "VisualLanguageModel", backbone: str) -> dict[str, dict[str, "torch.Tensor"]]:
+    """Mean and std by tap, of the checkpoint and of --statistics; a UserError if those needed are missing."""
     statistics = vlm.statistics
     if args.statistics is not None:
-        statistics = read_statistics(args.statistics, backbone.architecture.name) | statistics
-    if configuration["backbone"] != backbone.architecture.name:
-        raise UserError(
-            f"the language model reads {configuration['backbone']}, not {backbone.architecture.name}: "
-            "give another --vlm or --backbone"
-        )
-    for tap in ("data", args.target):
+        statistics = read_statistics(args.statistics, backbone) | statistics
+    needed = ("data", args.target) if not REGULARIZERS[args.regularizer].relative else ()
+    for tap in needed:
         if tap not in statistics:
             there = ", ".join(sorted(statistics))
             raise UserError(
                 f"the checkpoint has no statistics of {tap} (it has {there}): "
                 f"run extract_features.py --statistics {tap} and give its projection.safetensors with --statistics"
             )
-    weights = default_layer_weights(backbone.architecture)
-    if args.layers:
-        unknown = [layer for layer in args.layers if layer not in vlm.layers]
-        if unknown:
-            raise UserError(f"the language model has no layer {unknown[0]}: choose from {', '.join(vlm.layers)}")
-        values = args.layer_weights or [weights.get(layer, 1.0) for layer in args.layers]
-        if len(values) != len(args.layers):
-            raise UserError(f"--layer-weights has {len(values)} values for {len(args.layers)} --layers: give one each")
-        weights = dict(zip(args.layers, values, strict=True))
-    loss = ReconstructionLoss(
-        backbone,
-        args.target,
-        target,
-        statistics[args.target]["std"].to(backbone.device),
-        vlm.freeze().to(backbone.device) if args.regularizer == "vlm" else None,
-        feature_weight=args.feature_weight,
-        vlm_weight=args.vlm_weight,
-        layer_weights=weights,
-    )
-    return loss, statistics
+    return {tap: statistics[tap] for tap in needed}
 
 
 def read_statistics(path: Path, backbone: str) -> dict[str, dict]:
@@ -270,61 +399,98 @@ def read_statistics(path: Path, backbone: str) -> dict[str, dict]:
     return statistics
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the stage."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the stage; 2 if one of several inputs could not be reconstructed."""
     args = cli.parse_args(get_parser(), argv, "reconstruct")
-    path = Path(args.input)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: give an image or a .npy feature")
-    backbone_name = cli.checkpoint_backbone(args.vlm or args.root / "vlm.safetensors")
-    if args.learning_rate is None:
-        args.learning_rate = default_learning_rate(backbone_name, args.target)
+    from models.checkpoints import load_vlm
+
+    checkpoint = args.vlm or args.root / "vlm.safetensors"
+    vlm, configuration = load_vlm(checkpoint)
+    sources = list_sources(args, configuration)
+    resolve_defaults(args, configuration["backbone"])
     device = cli.pick_device(args.device)
     cli.announce(args, device)
-    out = args.out or args.root / "reconstructions" / f"{path.stem}-{args.target}-{args.regularizer}"
-    backbone, weights = cli.load_backbone(args, backbone_name, [args.target], device)
-    target, rgb = read_target(args, backbone, args.target)
-    loss, statistics = build_loss(args, backbone, target)
+    backbone, weights = cli.load_backbone(args, configuration["backbone"], [args.target], device)
+    statistics = read_all_statistics(args, vlm, configuration["backbone"])
+    regularizer = REGULARIZERS[args.regularizer]
     facts = {
         "stage": "reconstruct",
-        "input_sha256": artefacts.file_sha256(path),
-        "backbone": backbone_name,
+        "backbone": configuration["backbone"],
         "weights_sha256": weights.sha256,
-        "vlm_sha256": artefacts.file_sha256(args.vlm or args.root / "vlm.safetensors"),
-        "target": args.target,
-        "regularizer": args.regularizer,
-        "layer_weights": loss.layer_weights,
-        **{k: getattr(args, k) for k in ("feature_weight", "vlm_weight", "learning_rate", "momentum")},
-        **{k: getattr(args, k) for k in ("iterations", "restarts", "seed")},
+        "vlm_sha256": artefacts.file_sha256(checkpoint) if regularizer.vlm else None,
+        "statistics_sha256": artefacts.hash_rows([v.numpy() for s in statistics.values() for v in s.values()]),
+        "layer_weights": layer_weights(args, backbone, list(vlm.layers)) if regularizer.vlm else {},
+        **{key: getattr(args, key) for key in ("target", "regularizer", "feature_weight", "vlm_weight", "penalties")},
+        **{key: getattr(args, key) for key in ("learning_rate", "decay_at", "momentum", "iterations")},
+        **{key: getattr(args, key) for key in ("restarts", "seed")},
     }
+    reader = vlm.freeze().to(device) if regularizer.vlm else None
+    failed = 0
+    for number, source in enumerate(sources, start=1):
+        if len(sources) > 1:
+            print(f"{number}/{len(sources)} {source.name}", flush=True)
+        try:
+            reconstruct(args, source, output_folder(args, source), backbone, reader, statistics, facts)
+        except UserError as error:
+            if len(sources) == 1:
+                raise
+            failed += 1
+            print(f"reconstruct.py: {source.name}: {error}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def output_folder(args, source: Source) -> Path:
+    """Where the results of one input go."""
+    if args.out is None:
+        return args.root / "reconstructions" / f"{source.name}-{args.target}-{args.regularizer}"
+    single = len(args.inputs) == 1 and not (args.rows or args.held_out or Path(args.inputs[0]).is_dir())
+    return args.out if single else args.out / source.name
+
+
+def reconstruct(
+    args,
+    source: Source,
+    out: Path,
+    backbone: "Backbone",
+    vlm: "VisualLanguageModel | None",
+    statistics: dict[str, dict[str, "torch.Tensor"]],
+    facts: artefacts.Facts,
+) -> None:
+    """All restarts of one input, and what they leave in `out`; nothing where that is finished."""
+    from models.losses import ReconstructionLoss
+
+    target, rgb, digest = read_source(source, backbone, args.target)
+    facts = {"input": source.name, "input_sha256": digest, **facts}
     if artefacts.is_finished(out / "reconstruction.npy", facts, args.overwrite):
         print(f"{out} is finished: nothing to do")
         return
-    restarts = []
+    regularizer = REGULARIZERS[args.regularizer]
+    loss = ReconstructionLoss(
+        backbone,
+        args.target,
+        target,
+        None if regularizer.relative else statistics[args.target]["std"].to(backbone.device),
+        vlm,
+        feature_weight=args.feature_weight,
+        vlm_weight=args.vlm_weight,
+        layer_weights=facts["layer_weights"],
+        penalties=args.penalties,
+    )
+    restarts: list[Restart] = []
     for number in range(args.restarts):
-        data = statistics["data"]
-        crop = backbone.architecture.crop
-        noise_seed = seed_for(args.seed, "noise", number)
-        start = initial_pixels(backbone, data, crop, noise_seed)
-        restart = Restart(number, out, backbone, loss, start, args.learning_rate, args.momentum, facts)
+        start = start_pixels(backbone, regularizer.start, statistics, seed_for(args.seed, "noise", number))
+        restart = Restart(number, out, backbone, loss, start, facts)
         if not args.overwrite:
             restart.resume()
         restarts.append(restart)
         try:
-            restart.run(args.iterations, args.snapshot_every)
+            restart.run(args.snapshot_every)
         except (KeyboardInterrupt, cli.Terminated):
             if any(r.curves for r in restarts):
                 save(out, [r for r in restarts if r.curves], rgb)
             raise
     save(out, restarts, rgb)
     finish(out, restarts, facts)
-
-
-def initial_pixels(backbone: "Backbone", data: dict, crop: tuple[int, int], seed: int) -> "torch.Tensor":
-    """The noise that a descent starts from, (1, 3, h, w)."""
-    from models import losses
-
-    return losses.initial_pixels(backbone, data["mean"], data["std"], crop, seed)
 
 
 def save(out: Path, restarts: list[Restart], rgb: np.ndarray | None) -> None:
@@ -337,6 +503,8 @@ def save(out: Path, restarts: list[Restart], rgb: np.ndarray | None) -> None:
     for r in restarts:
         write_png(out / f"restart-{r.number}.png", to_picture(r.backbone, r.pixels))
     write_png(out / "reconstruction.png", picture)
+    if rgb is not None:
+        write_png(out / "image.png", rgb)
     write_curves(out, restarts)
     titled = {} if rgb is None else {"image": rgb}
     picture_row({**titled, f"{best.facts['target']}, {best.facts['regularizer']}": picture}, out / "comparison.png")

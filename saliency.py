@@ -22,31 +22,6 @@ if TYPE_CHECKING:
     from models.vlm import VisualLanguageModel
 
 
-def list_inputs(paths: list[str]) -> dict[str, Path]:
-    """Image files by output name; a folder stands for all files right inside it that Pillow may open.
-
-    Raises:
-        UserError: nothing there.
-    """
-    from PIL import Image
-
-    extensions = Image.registered_extensions()
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            files += sorted(p for p in path.iterdir() if p.suffix.lower() in extensions and p.is_file())
-        else:
-            files.append(path)
-    if not files:
-        raise UserError(f"{', '.join(paths)} holds no images: give image files or a folder of them")
-    stems = [file.stem for file in files]
-    names = [file.stem if stems.count(file.stem) == 1 else file.name for file in files]
-    return {
-        name if names.count(name) == 1 else f"{file.parent.name}-{file.name}": file
-        for name, file in zip(names, files, strict=True)
-    }
-
-
 def write_maps(out: Path, name: str, rgb: np.ndarray, raw: np.ndarray, saliency: np.ndarray, facts: dict) -> None:
     """All files of one image; the sidecar of the saliency map comes last."""
     from pipeline.figures import overlay
@@ -102,8 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the stage; 2 if any image could not be read."""
     args = cli.parse_args(get_parser(), argv, "saliency")
     from models.checkpoints import load_vlm
+    from pipeline.images import list_images
 
-    files = list_inputs(args.inputs)
+    files = list_images(args.inputs)
     checkpoint = args.vlm or args.root / "vlm.safetensors"
     vlm, configuration = load_vlm(checkpoint)
     args.layer = args.layer or list(vlm.layers)[-1]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.errors import UserError
-from models.randomness import seed_for
+from models.randomness import seed_for, split_images
 from pipeline import artefacts, cli
 
 if TYPE_CHECKING:
@@ -115,12 +115,6 @@ def validate(layer: "LayerModel", features: np.ndarray, images: np.ndarray, devi
             for name, value in {"model": layer.loss(p).item(), **trivial_losses(p)}.items():
                 sums[name] = sums.get(name, 0.0) + value * len(chosen)
     return {name: value / len(images) for name, value in sums.items()}
-
-
-def split_images(count: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted indices of the training and of the held-out images; never more than a tenth is held out."""
-    held = np.sort(np.random.default_rng(seed_for(seed, "held out")).permutation(count)[: min(held_out, count // 10)])
-    return np.setdiff1d(np.arange(count), held), held
 
 
 class Run:

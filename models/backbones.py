@@ -447,16 +447,11 @@ def centre_crop(images: Tensor, height: int, width: int) -> Tensor:
     return images[..., top : top + height, left : left + width]
 
 
-def random_parameters(architecture: Architecture, seed: int, *, fully_connected: bool = True) -> dict[str, Tensor]:
-    """He-initialised parameters, the control for what pre-training brings (never a silent fallback).
-
-    The convolutions are the same with and without the fully connected layers, which most of the time goes into.
-    """
+def random_parameters(architecture: Architecture, seed: int) -> dict[str, Tensor]:
+    """He-initialised parameters, the control for what pre-training brings (never a silent fallback)."""
     generator = torch.Generator().manual_seed(seed)
     parameters = {}
     for name, shape in architecture.parameter_shapes().items():
-        if not fully_connected and name.split(".")[0] in architecture.fully_connected:
-            continue
         if name.endswith(".bias"):
             parameters[name] = torch.zeros(shape)
         else:

@@ -1,15 +1,14 @@
 """The objective of reconstruction: match a CNN feature, stay natural."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from models.backbones import Architecture, Backbone
 from models.errors import UserError
+from models.regularizers import IMAGE_NORM
 from models.vlm import VisualLanguageModel
-
-REGULARIZERS = ("vlm", "none")
 
 
 def default_layer_weights(architecture: Architecture) -> dict[str, float]:
@@ -26,14 +25,41 @@ def feature_loss(feature: Tensor, target: Tensor, std: Tensor) -> Tensor:
     return ((feature - target) / sigma).square().mean()
 
 
+def relative_feature_loss(feature: Tensor, target: Tensor) -> Tensor:
+    """|φ(x) - φ₀|² / |φ₀|² (Mahendran & Vedaldi 2015)."""
+    return (feature - target).square().sum() / target.square().sum()
+
+
+def total_variation(x: Tensor) -> Tensor:
+    """Σ over positions and channels of squared forward differences down and to the right; none leaves the image.
+
+    Mahendran & Vedaldi's V^β with β = 2, of an image (N, C, H, W).
+    """
+    return x.diff(dim=2).square().sum() + x.diff(dim=3).square().sum()
+
+
+def _power_sum(exponent: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.pow(exponent).sum()
+
+
+# Σ x² (Simonyan et al. 2014, Eq. 1), Σ x⁶ and total variation (Mahendran & Vedaldi 2015), of mean-subtracted pixels.
+PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"l2": _power_sum(2), "l6": _power_sum(6), "tv": total_variation}
+
+
+def penalty(name: str, pixels: Tensor) -> Tensor:
+    """One of `PENALTIES` over 2·`IMAGE_NORM`², as Mahendran & Vedaldi scale it against the relative feature error."""
+    return PENALTIES[name](pixels) / (2 * IMAGE_NORM**2)
+
+
 class ReconstructionLoss:
-    """λ₁ · feature_loss + λ₂ · Σ_l λ_l · loss_l, a function of the image.
+    """λ₁ · feature error + λ₂ · Σ_l λ_l · loss_l + Σ_p λ_p · penalty_p, a function of the image.
 
     Args:
         tap, target: which feature of the backbone, and its value (1, C) or (1, C, H, W).
-        std: σ of the tap over the training images, (C,).
+        std: σ of the tap over the training images, (C,); None for the error relative to the target's norm.
         vlm: language models as regulariser, frozen; None for no regulariser.
         layer_weights: λ_l of the layers to regularise, of which those in `vlm` count.
+        penalties: λ_p by name of `PENALTIES`.
 
     Raises:
         UserError: the target does not have the tap's shape, or no weighted layer has a language model.
@@ -44,12 +70,13 @@ class ReconstructionLoss:
         backbone: Backbone,
         tap: str,
         target: Tensor,
-        std: Tensor,
+        std: Tensor | None,
         vlm: VisualLanguageModel | None,
         *,
         feature_weight: float = 1.0,
         vlm_weight: float = 10.0,
         layer_weights: Mapping[str, float] | None = None,
+        penalties: Mapping[str, float] | None = None,
     ):
         weights = default_layer_weights(backbone.architecture) if layer_weights is None else layer_weights
         there = set(vlm.layers) if vlm is not None else set()
@@ -58,16 +85,17 @@ class ReconstructionLoss:
             raise UserError(
                 f"the language model has only {', '.join(vlm.layers)}, none of which is weighted: train another layer"
             )
-        if target.shape[1] != len(std):
+        if std is not None and target.shape[1] != len(std):
             raise UserError(f"the target has {target.shape[1]} channels, {tap} has {len(std)}: give a feature of {tap}")
         self.backbone, self.tap, self.target, self.std, self.vlm = backbone, tap, target, std, vlm
-        self.feature_weight, self.vlm_weight = feature_weight, vlm_weight
+        self.feature_weight, self.vlm_weight, self.penalties = feature_weight, vlm_weight, dict(penalties or {})
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
         """Terms for mean-subtracted pixels (1, 3, H, W) in 0-255 units.
 
         Returns:
-            `total` (what is minimised), `feature`, and `<layer>` for the unweighted loss of each language model.
+            `total` (what is minimised), and the unweighted terms: `feature`, `<layer>` for each language model,
+            `<penalty>`.
         """
         taps = list(dict.fromkeys([*self.layer_weights, self.tap]))
         features = self.backbone(self.backbone.from_pixels(pixels), taps)
@@ -76,12 +104,18 @@ class ReconstructionLoss:
                 f"the target is {tuple(self.target.shape)}, {self.tap} of this image is "
                 f"{tuple(features[self.tap].shape)}: give a feature of {self.backbone.architecture.name}"
             )
-        terms = {"feature": feature_loss(features[self.tap], self.target, self.std)}
+        if self.std is None:
+            terms = {"feature": relative_feature_loss(features[self.tap], self.target)}
+        else:
+            terms = {"feature": feature_loss(features[self.tap], self.target, self.std)}
         total = self.feature_weight * terms["feature"]
         if self.vlm is not None:
             losses = self.vlm.losses({layer: features[layer] for layer in self.layer_weights})
             total = total + self.vlm_weight * sum(w * losses[layer] for layer, w in self.layer_weights.items())
             terms |= losses
+        for name, weight in self.penalties.items():
+            terms[name] = penalty(name, pixels)
+            total = total + weight * terms[name]
         return {"total": total, **terms}
 
 
@@ -90,6 +124,15 @@ def initial_pixels(backbone: Backbone, mean: Tensor, std: Tensor, size: tuple[in
 
     differs from the original: the noise is seeded.
     """
-    noise = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(seed))
-    x = noise * std.cpu()[:, None, None] + mean.cpu()[:, None, None]
+    x = _noise(size, seed) * std.cpu()[:, None, None] + mean.cpu()[:, None, None]
     return backbone.to_pixels(x.to(backbone.device))
+
+
+def initial_pixels_of_norm(size: tuple[int, int], seed: int) -> Tensor:
+    """Gaussian noise (1, 3, H, W) of norm `IMAGE_NORM`, the start of Mahendran & Vedaldi."""
+    noise = _noise(size, seed)
+    return noise * (IMAGE_NORM / noise.norm())
+
+
+def _noise(size: tuple[int, int], seed: int) -> Tensor:
+    return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(seed))

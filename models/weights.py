@@ -123,8 +123,7 @@ def find_weights(
 
     Args:
         choice: `auto`, `random` (a control, seeded), or the path of a file: torch, safetensors, caffemodel.
-        layers: taps that will be read; convolutions alone are enough if none of them is fully connected. Random
-            weights are complete where no layers are named.
+        layers: taps that will be read; convolutions alone are enough if none of them is fully connected.
         cache: folder of downloads; None for `cache_folder()`.
         download: whether the network may be used.
         progress: called with the bytes there and the bytes in all of a download.
@@ -133,9 +132,7 @@ def find_weights(
         UserError: nothing was found, or what was found does not fit the architecture or lacks one of `layers`.
     """
     if choice == "random":
-        complete = not layers or any(layer in architecture.fully_connected for layer in layers)
-        parameters = random_parameters(architecture, seed, fully_connected=complete)
-        return Weights(parameters, f"random, seed {seed} (a control)", f"random-{seed}")
+        return Weights(random_parameters(architecture, seed), f"random, seed {seed} (a control)", f"random-{seed}")
     if choice != "auto":
         return _from_user(Path(choice), architecture, layers)
     complete = any(layer in architecture.fully_connected for layer in layers)

@@ -45,6 +45,29 @@ def read_rgb(source: Path | BinaryIO, name: str | None = None) -> np.ndarray:
         raise UserError(f"{name} is damaged ({type(error).__name__}: {error}): give another file") from None
 
 
+def list_images(paths: list[str]) -> dict[str, Path]:
+    """Image files by output name; a folder stands for all files right inside it that Pillow may open.
+
+    Raises:
+        UserError: nothing there.
+    """
+    extensions = Image.registered_extensions()
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files += sorted(p for p in path.iterdir() if p.suffix.lower() in extensions and p.is_file())
+        else:
+            files.append(path)
+    if not files:
+        raise UserError(f"{', '.join(paths)} holds no images: give image files or a folder of them")
+    stems = [file.stem for file in files]
+    names = [file.stem if stems.count(file.stem) == 1 else file.name for file in files]
+    return {
+        name if names.count(name) == 1 else f"{file.parent.name}-{file.name}": file
+        for name, file in zip(names, files, strict=True)
+    }
+
+
 def to_rgb_array(image: Image.Image) -> np.ndarray:
     """A Pillow image of any mode as (H, W, 3) uint8 RGB.
 

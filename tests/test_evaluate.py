@@ -48,7 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights that stand for trained ones: random, of another seed than the control's."""
     path = tmp_path_factory.mktemp("weights") / "alexnet.safetensors"
-    save_file(random_parameters(ARCHITECTURES["alexnet"], 5, fully_connected=False), path)
+    save_file(random_parameters(ARCHITECTURES["alexnet"], 5), path)
     return path
 
 

@@ -1,0 +1,71 @@
+"""What keeps a reconstruction natural, each with the descent that its authors used. Plain values: no torch here.
+
+`vlm` is the paper; `none` its control; `l2` penalises the norm (Simonyan, Vedaldi & Zisserman 2014, arXiv 1312.6034);
+`tv` is Mahendran & Vedaldi 2015 (arXiv 1412.0035) with the settings of their experiments
+(https://github.com/aravindhm/deep-goggle, experiments/experiment_cnn.m); `vlm+tv` adds their smoothness to the paper's.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+# Norm of a typical mean-subtracted image of 227 × 227 in 0-255 units (deep-goggle, experiments/x0_sigma.mat).
+IMAGE_NORM = 27098.11571533
+LEARNING_RATE = 2.0**19  # original code, of pixels in 0-255; its README says 2^20
+# Where the paper's rate diverges or stalls: what was measured to work instead, (backbone, tap) -> rate.
+LEARNING_RATES: dict[tuple[str, str], float] = {}
+
+
+@dataclass(frozen=True)
+class Regularizer:
+    """An objective and its descent.
+
+    Attributes:
+        vlm: whether language models are part of it.
+        relative: the feature's error is |φ(x) - φ₀|²/|φ₀|², not the mean of ((φ(x) - φ₀)/σ)².
+        penalties: λ by name of the terms in `models.losses.PENALTIES`; None depends on the tap, see `penalties_for`.
+        start: "data", noise like the `data` layer; "norm", noise of norm `IMAGE_NORM`; "zero", the mean colour.
+        learning_rate: None for what is measured for the tap.
+        decay_at: fractions of the run at which the rate falls to a tenth and the momentum to zero.
+        iterations: None for the preset's.
+    """
+
+    vlm: bool = False
+    relative: bool = False
+    penalties: Mapping[str, float | None] = field(default_factory=dict)
+    start: str = "data"
+    learning_rate: float | None = None
+    decay_at: tuple[float, ...] = ()
+    iterations: int | None = None
+
+
+# Updates of 0.004·s²·gradient, s = IMAGE_NORM: their objective times s² descended at 0.004; 100, 200, 100 iterations.
+_MAHENDRAN = {"relative": True, "learning_rate": 0.004 * IMAGE_NORM**2, "decay_at": (0.25, 0.75), "iterations": 400}
+
+REGULARIZERS: dict[str, Regularizer] = {
+    "vlm": Regularizer(vlm=True),
+    "none": Regularizer(),
+    # Simonyan et al. give no step for inversion: the start at the mean is theirs, the descent Mahendran & Vedaldi's.
+    "l2": Regularizer(penalties={"l2": 1.0}, start="zero", **_MAHENDRAN),
+    "tv": Regularizer(penalties={"tv": None, "l6": 8e-10}, start="norm", **_MAHENDRAN),
+    # differs from the paper: a light total variation takes away the noise that its language models let pass
+    "vlm+tv": Regularizer(vlm=True, penalties={"tv": 0.3}),
+}
+
+
+def learning_rate_for(regularizer: str, backbone: str, tap: str) -> float:
+    """Default rate, of pixels in 0-255."""
+    rate = REGULARIZERS[regularizer].learning_rate
+    return rate if rate is not None else LEARNING_RATES.get((backbone, tap), LEARNING_RATE)
+
+
+def penalties_for(regularizer: str, tap: str) -> dict[str, float]:
+    """λ of every penalty for a tap.
+
+    Mahendran & Vedaldi smooth by depth: λ 1 up to conv2, 10 up to conv4, 100 beyond; for VGG its blocks count.
+    """
+    block = re.search(r"\d", tap)
+    depth = int(block.group()) if block else 0
+    by_depth = 1.0 if depth <= 2 else 10.0 if depth <= 4 else 100.0
+    penalties = REGULARIZERS[regularizer].penalties
+    return {name: by_depth if weight is None else weight for name, weight in penalties.items()}

