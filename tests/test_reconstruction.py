@@ -1,0 +1,310 @@
+"""Regularisers against closed forms and plain loops; reconstruct.py on several inputs."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import reconstruct
+from models import losses
+from models.backbones import ARCHITECTURES, Backbone, random_parameters
+from models.errors import UserError
+from models.optimizer import MomentumSGD
+from models.regularizers import IMAGE_NORM, REGULARIZERS, Regularizer, learning_rate_for, penalties_for
+from models.vlm import VisualLanguageModel
+from tests.conftest import RUN, make_photo
+
+
+def pixels(seed: int, *shape: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(0, 60, shape)).requires_grad_()
+
+
+@pytest.fixture(scope="module")
+def alexnet() -> Backbone:
+    architecture = ARCHITECTURES["alexnet"]
+    convolutions = {n: v for n, v in random_parameters(architecture, 1).items() if n.startswith("conv")}
+    return Backbone(architecture, convolutions)
+
+
+def test_total_variation_and_its_gradient_equal_plain_loops() -> None:
+    x = pixels(0, 1, 3, 5, 7)
+    value = losses.total_variation(x)
+    value.backward()
+    a = x.detach().numpy()
+    expected, gradient = 0.0, np.zeros_like(a)
+    for c in range(3):
+        for i in range(5):
+            for j in range(7):
+                for k, l in ((i + 1, j), (i, j + 1)):
+                    if k < 5 and l < 7:
+                        step = a[0, c, k, l] - a[0, c, i, j]
+                        expected += step**2
+                        gradient[0, c, k, l] += 2 * step
+                        gradient[0, c, i, j] -= 2 * step
+    np.testing.assert_allclose(value.item(), expected, rtol=1e-12)
+    np.testing.assert_allclose(x.grad.numpy(), gradient, rtol=1e-9, atol=1e-9)
+
+
+def test_total_variation_of_known_pictures() -> None:
+    assert losses.total_variation(torch.full((1, 3, 6, 6), 40.0)) == 0
+    ramp = torch.arange(5.0).expand(1, 1, 4, 5)  # 4 rows of 4 unit steps to the right, none down
+    assert losses.total_variation(ramp) == 16
+    assert losses.total_variation(ramp.mT) == 16
+
+
+@pytest.mark.parametrize(("name", "exponent"), [("l2", 2), ("l6", 6)])
+def test_norm_penalties_and_their_gradients(name: str, exponent: int) -> None:
+    x = pixels(1, 1, 3, 4, 4)
+    value = losses.penalty(name, x)
+    value.backward()
+    a = x.detach().numpy()
+    np.testing.assert_allclose(value.item(), (a**exponent).sum() / (2 * IMAGE_NORM**2), rtol=1e-12)
+    np.testing.assert_allclose(x.grad.numpy(), exponent * a ** (exponent - 1) / (2 * IMAGE_NORM**2), rtol=1e-9)
+
+
+def test_relative_feature_loss() -> None:
+    target = torch.tensor([[3.0, 4.0]])
+    assert losses.relative_feature_loss(target, target) == 0
+    assert losses.relative_feature_loss(torch.zeros(1, 2), target) == 1
+    assert losses.relative_feature_loss(torch.tensor([[3.0, 9.0]]), target) == 1
+
+
+def test_start_has_the_norm_of_an_image() -> None:
+    start = losses.initial_pixels_of_norm((227, 227), 5)
+    assert start.shape == (1, 3, 227, 227)
+    assert start.norm().item() == pytest.approx(IMAGE_NORM, rel=1e-5)
+    assert abs(start.mean().item()) < 1
+    assert torch.equal(start, losses.initial_pixels_of_norm((227, 227), 5))
+    assert not torch.equal(start, losses.initial_pixels_of_norm((227, 227), 6))
+
+
+def test_total_variation_weight_grows_with_depth() -> None:
+    by_tap = {"data": 1, "conv1": 1, "conv2": 1, "conv3": 10, "conv4": 10, "conv5": 100, "pool5": 100, "fc8": 100}
+    by_tap |= {"conv1_2": 1, "conv2_2": 1, "conv3_3": 10, "conv4_4": 10, "conv5_4": 100}
+    for tap, weight in by_tap.items():
+        assert penalties_for("tv", tap) == {"tv": weight, "l6": 8e-10}
+    assert penalties_for("none", "pool5") == {}
+    assert learning_rate_for("tv", "vgg16", "pool5") == pytest.approx(0.004 * IMAGE_NORM**2)
+
+
+def test_mahendran_updates_equal_their_form(alexnet: Backbone) -> None:
+    """v = 0.9 v - lr·∇(regularisers) - lr·s²/|φ₀|²·∇|φ - φ₀|², x = x + v, at lr = 0.004."""
+    rate = 0.004
+    x, other = 40 * torch.randn(2, 1, 3, 67, 67, generator=torch.Generator().manual_seed(2))
+    target = alexnet(alexnet.from_pixels(other), ["conv3"])["conv3"]
+    loss = losses.ReconstructionLoss(alexnet, "conv3", target, None, None, penalties=penalties_for("tv", "conv3"))
+    ours = x.clone().requires_grad_()
+    reconstruct.descend(
+        loss, ours, MomentumSGD([ours], learning_rate_for("tv", "alexnet", "conv3")), 3, lambda *_: None
+    )
+    velocity = torch.zeros_like(x)
+    for _ in range(3):
+        x = x.detach().requires_grad_()
+        feature = alexnet(alexnet.from_pixels(x), ["conv3"])["conv3"]
+        (data,) = torch.autograd.grad((feature - target).square().sum(), x)
+        squares = x.diff(dim=2).square().sum() + x.diff(dim=3).square().sum()
+        (prior,) = torch.autograd.grad(10 / 2 * squares + 8e-10 / 2 * x.pow(6).sum(), x)
+        velocity = 0.9 * velocity - rate * prior - rate * IMAGE_NORM**2 / target.square().sum() * data
+        x = x + velocity
+    torch.testing.assert_close(ours.detach(), x.detach(), rtol=1e-4, atol=1e-2)
+
+
+def test_learning_rate_steps_and_momentum_resets() -> None:
+    """The experiments' 0.004·[1 × 100, 0.1 × 200, 0.01 × 100] on a slope, where the velocity is known."""
+    regularizer = REGULARIZERS["tv"]
+    rates, speeds = [], []
+    x = torch.zeros(1, requires_grad=True)
+    optimizer = MomentumSGD([x], regularizer.learning_rate, 0.9)
+
+    def note(i: int, terms: dict[str, float]) -> None:
+        rates.append(optimizer.lr)
+        speeds.append(optimizer.velocities[0].item())
+
+    decay_at = [round(part * regularizer.iterations) for part in regularizer.decay_at]
+    reconstruct.descend(lambda p: {"total": p.sum()}, x, optimizer, regularizer.iterations, note, 0, decay_at)
+    expected = [
+        0.004 * IMAGE_NORM**2 * factor for factor, count in ((1, 100), (0.1, 200), (0.01, 100)) for _ in range(count)
+    ]
+    np.testing.assert_allclose(rates, expected)
+    for at in (0, 100, 300):
+        assert speeds[at] == pytest.approx(-rates[at]), "the momentum starts anew"
+        assert speeds[at + 1] == pytest.approx(-1.9 * rates[at])
+
+
+def test_every_term_of_the_loss_is_weighted(alexnet: Backbone, workspace: Path) -> None:
+    from models.checkpoints import load_vlm
+
+    vlm: VisualLanguageModel = load_vlm(workspace / "vlm.safetensors")[0].freeze()
+    x = losses.initial_pixels_of_norm((227, 227), 4)
+    target = torch.zeros(1, 256, 13, 13) + 1
+    weights = {"conv4": 0.5, "conv5": 0.25}
+    loss = losses.ReconstructionLoss(
+        alexnet,
+        "conv5",
+        target,
+        torch.full((256,), 2.0),
+        vlm,
+        feature_weight=3,
+        vlm_weight=7,
+        layer_weights=weights,
+        penalties={"tv": 11.0},
+    )
+    terms = {name: value.item() for name, value in loss(x).items()}
+    assert list(terms) == ["total", "feature", "conv4", "conv5", "tv"]
+    expected = 3 * terms["feature"] + 7 * (0.5 * terms["conv4"] + 0.25 * terms["conv5"]) + 11 * terms["tv"]
+    assert terms["total"] == pytest.approx(expected, rel=1e-6)
+
+
+def run(workspace: Path, *arguments: object, tap: str = "conv5") -> int:
+    options = [*RUN, "--root", str(workspace), "--weights", "random", "--target", tap]
+    return reconstruct.main([*map(str, arguments), *options])
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "tap", "terms"),
+    [
+        ("l2", "conv1", ["l2"]),  # from random weights, deeper taps have no gradient at its start, the mean colour
+        ("tv", "conv5", ["tv", "l6"]),
+        ("vlm+tv", "conv5", ["conv4", "conv5", "tv"]),
+    ],
+)
+def test_regularizers_of_the_script(
+    workspace: Path, photos: Path, tmp_path: Path, regularizer: str, tap: str, terms: list[str]
+) -> None:
+    image = next((photos / "class0").iterdir())
+    options = [image, "--regularizer", regularizer, "--iterations", 4, "--learning-rate", 100, "--out", tmp_path]
+    assert run(workspace, *options, tap=tap) == 0
+    with (tmp_path / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["restart", "iteration", "total", "feature", *terms] and len(rows) == 4
+    assert float(rows[3]["feature"]) < float(rows[0]["feature"])
+    assert all(float(rows[3][term]) > 0 for term in terms)
+    facts = json.loads((tmp_path / "parameters.json").read_text())
+    assert facts["regularizer"] == regularizer and facts["decay_at"] == ([] if "vlm" in regularizer else [1, 3])
+    assert np.asarray(Image.open(tmp_path / "image.png")).shape == (227, 227, 3)
+
+
+def test_authors_settings_are_the_defaults(workspace: Path) -> None:
+    args = reconstruct.cli.parse_args(reconstruct.get_parser(), ["x", "--regularizer", "tv"], "reconstruct")
+    reconstruct.resolve_defaults(args, "alexnet")
+    assert (args.iterations, args.decay_at, args.momentum) == (400, [100, 300], 0.9)
+    assert args.penalties == {"tv": 100.0, "l6": 8e-10} and args.vlm_weight == 0
+    args = reconstruct.cli.parse_args(reconstruct.get_parser(), ["x", "--regularizer", "vlm"], "reconstruct")
+    reconstruct.resolve_defaults(args, "alexnet")
+    assert (args.iterations, args.decay_at, args.vlm_weight, args.penalties) == (1000, [], 10.0, {})
+
+
+def test_descent_resumes_across_a_step_of_the_rate(
+    workspace: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = next((photos / "class1").iterdir())
+    options = [image, "--regularizer", "tv", "--iterations", 8, "--snapshot-every", 3, "--learning-rate", 1e4]
+    run(workspace, *options, "--out", tmp_path / "whole")
+    picture = reconstruct.Restart.snapshot
+
+    def interrupted(self, iteration: int) -> None:
+        picture(self, iteration)
+        if iteration == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(reconstruct.Restart, "snapshot", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(workspace, *options, "--out", tmp_path / "cut")
+    monkeypatch.undo()
+    run(workspace, *options, "--out", tmp_path / "cut")
+    for name in ("reconstruction.npy", "curves.csv"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_several_inputs_go_into_folders_of_their_own(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(2):
+        Image.fromarray(make_photo(i, 90, 120)).save(folder / f"photo{i}.png")
+    options = ["--regularizer", "none", "--iterations", 1, "--out", tmp_path / "out"]
+    assert run(workspace, folder, "--rows", 7, *options) == 0
+    images = json.loads((workspace / "images.npy.json").read_text())["names"]
+    row = f"00007-{Path(images[7]).stem}"
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"photo0", "photo1", row}
+    stored = np.load(workspace / "images.npy")[7]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / row / "image.png")), stored[14:241, 14:241])
+    (folder / "broken.png").write_bytes(b"no picture")
+    capsys.readouterr()
+    assert run(workspace, folder, "--rows", 7, *options) == 2, "one bad input does not stop the others"
+    printed = capsys.readouterr()
+    assert printed.out.count("is finished: nothing to do") == 3
+    assert "broken.png is not an image" in printed.err
+
+
+def test_held_out_rows(workspace: Path, tmp_path: Path) -> None:
+    assert run(workspace, "--held-out", "--regularizer", "none", "--iterations", 1, "--out", tmp_path / "out") == 0
+    (folder,) = (tmp_path / "out").iterdir()  # a tenth of ten images
+    training, held = reconstruct.split_images(10, 16, 3)
+    assert folder.name.startswith(f"{held[0]:05d}-") and held[0] not in training
+    configuration = json.loads((workspace / "vlm.safetensors.json").read_text())
+    facts = json.loads((workspace / "images.npy.json").read_text())
+    assert reconstruct.held_out_rows(configuration, facts) == held.tolist()
+    with pytest.raises(UserError, match="trained on other images"):
+        reconstruct.held_out_rows(configuration, {"content_sha256": "0"})
+    configuration["training"]["conv5"]["held_out"] = 2
+    with pytest.raises(UserError, match="different splits"):
+        reconstruct.held_out_rows(configuration, facts)
+    for layer in configuration["training"].values():
+        layer["held_out"] = 0
+    with pytest.raises(UserError, match="held no images out"):
+        reconstruct.held_out_rows(configuration, facts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to reconstruct"),
+        (["--rows", "10"], "has no row 10: it holds 10 images"),
+        (["nowhere.png"], "nowhere.png does not exist"),
+        (["--rows", "1", "--tv-weight", "3"], "--tv-weight means nothing to --regularizer vlm"),
+        (["--rows", "1", "--regularizer", "tv", "--l2-weight", "3"], "--l2-weight means nothing to --regularizer tv"),
+        (["--rows", "1", "--regularizer", "l2", "--restarts", "2"], "use --restarts 1"),
+    ],
+)
+def test_mistakes(workspace: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(workspace, *arguments)
+
+
+def test_results_without_language_model_outlive_a_longer_training(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A regulariser that reads no language model is not redone when that was trained further."""
+    for name in ("images.npy", "images.npy.json", "vlm.safetensors"):
+        shutil.copy(workspace / name, tmp_path)
+    options = ["--rows", 2, "--regularizer", "none", "--iterations", 1]
+    run(tmp_path, *options)
+    from models.checkpoints import load_vlm, vlm_tensors, write_tensors
+
+    vlm, configuration = load_vlm(tmp_path / "vlm.safetensors")
+    with torch.no_grad():
+        vlm.layers["conv5"]["up"].linear.bias += 1
+    write_tensors(tmp_path / "vlm.safetensors", vlm_tensors(vlm), configuration)
+    capsys.readouterr()
+    run(tmp_path, *options)
+    assert "nothing to do" in capsys.readouterr().out
+    vlm.statistics["data"]["mean"] += 1
+    write_tensors(tmp_path / "vlm.safetensors", vlm_tensors(vlm), configuration)
+    with pytest.raises(UserError, match="made otherwise .*statistics_sha256"):
+        run(tmp_path, *options)
+
+
+def test_regularizers_are_complete() -> None:
+    assert list(REGULARIZERS) == ["vlm", "none", "l2", "tv", "vlm+tv"]
+    for regularizer in REGULARIZERS.values():
+        assert isinstance(regularizer, Regularizer)
+        assert regularizer.penalties.keys() <= losses.PENALTIES.keys()
+        assert regularizer.start in ("data", "norm", "zero")
