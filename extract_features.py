@@ -152,6 +152,8 @@ def collect_statistics(
     architecture = backbone.architecture
     per_image = positions_per_image(len(images), pca_positions)
     taps = list(dict.fromkeys([*layers, *others]))
+    floats = len(images) * per_image * sum(architecture.channels(layer) for layer in layers)
+    artefacts.check_memory("samples at --pca-positions", 4 * floats)
     statistics = Statistics(
         {tap: Moments(architecture.channels(tap)) for tap in taps},
         {c: np.zeros((len(images), per_image, architecture.channels(c)), np.float32) for c in layers},
@@ -250,8 +252,8 @@ def get_parser() -> cli.Parser:
     """Options of this stage."""
     parser = cli.stage_parser(__doc__)
     cli.add_weights_options(parser)
-    parser.add_argument("--images", type=Path, help="images of stage 1 (default: ROOT/images.npy)")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: ROOT/features)")
+    parser.add_argument("--images", type=cli.readable_file, help="images of stage 1 (default: ROOT/images.npy)")
+    parser.add_argument("--out", type=cli.writable_folder, help="folder to write to (default: ROOT/features)")
     parser.add_argument("--backbone", default="alexnet", help="CNN (default: the preset's)")
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="taps to model (default: the backbone's six)")
     parser.add_argument(
@@ -289,7 +291,8 @@ def main(argv: list[str] | None = None) -> None:
     device = cli.pick_device(args.device)
     cli.announce(args, device)
     backbone, weights = cli.load_backbone(args, args.backbone, [*(args.layers or []), *(args.statistics or [])], device)
-    layers = args.layers or list(backbone.architecture.vlm_layers)
+    layers = list(dict.fromkeys(args.layers or backbone.architecture.vlm_layers))
+    backbone.architecture.check_maps(layers)
     others = args.statistics
     if others is None:
         others = [tap for tap in RECONSTRUCTION_TARGETS if tap in backbone.available_taps]

@@ -25,6 +25,7 @@ from pipeline import artefacts, cli
 from pipeline.images import STORED_SIZE, resize_to_square
 from pipeline.sources import Crop, Entry, fingerprint, list_images
 
+MOST_WORKERS = 64  # more threads would only hold more decoded images
 MARK_EVERY = 256  # images between two notes of progress on disk
 
 
@@ -38,6 +39,7 @@ def load_square(entry: Entry | Crop) -> np.ndarray | str:
 
 def load_in_order(entries: list[Entry] | list[Crop], workers: int) -> Iterator[np.ndarray | str]:
     """`load_square` of all entries in order, decoded ahead by `workers` threads (Pillow decodes in parallel)."""
+    workers = min(workers, MOST_WORKERS)
     with ThreadPoolExecutor(workers) as pool:
         ahead = deque(pool.submit(load_square, entry) for entry in entries[: 2 * workers])
         for following in range(2 * workers, len(entries) + 2 * workers):
@@ -104,7 +106,7 @@ def get_parser() -> cli.Parser:
     """Options of this stage."""
     parser = cli.stage_parser(__doc__)
     parser.add_argument("--source", help="folder, tar, tar of tars, list file, or 'samples' (paper: ILSVRC2012 val)")
-    parser.add_argument("--out", type=Path, help="where to write (default: ROOT/images.npy)")
+    parser.add_argument("--out", type=cli.writable_file, help="where to write (default: ROOT/images.npy)")
     parser.add_argument("--num-images", type=cli.positive, help="a random subset of this size (paper: all)")
     parser.add_argument("--workers", type=cli.positive, default=os.cpu_count() or 1, help="decoding threads")
     parser.add_argument("--strict", action="store_true", help="stop at the first unreadable file")

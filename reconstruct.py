@@ -191,13 +191,17 @@ def get_parser() -> cli.Parser:
     parser.add_argument(
         "inputs", nargs="*", metavar="IMAGE|FOLDER|FEATURE.npy", help="images to reconstruct, or stored features"
     )
-    parser.add_argument("--images", type=Path, help="images of stage 1 for --rows (default: ROOT/images.npy)")
+    parser.add_argument(
+        "--images", type=cli.readable_file, help="images of stage 1 for --rows (default: ROOT/images.npy)"
+    )
     parser.add_argument("--rows", type=cli.natural, nargs="+", metavar="ROW", help="reconstruct these of --images")
     parser.add_argument("--held-out", action="store_true", help="reconstruct the rows that training held out")
-    parser.add_argument("--vlm", type=Path, help="checkpoint, also for the statistics (default: ROOT/vlm.safetensors)")
+    parser.add_argument(
+        "--vlm", type=cli.readable_file, help="checkpoint, also for the statistics (default: ROOT/vlm.safetensors)"
+    )
     parser.add_argument(
         "--statistics",
-        type=Path,
+        type=cli.readable_file,
         help="projection.safetensors of stage 2 with the mean and std of taps that the checkpoint lacks",
     )
     parser.add_argument("--target", default="pool5", metavar="TAP", help="feature to invert (paper: fc8 of AlexNet)")
@@ -205,7 +209,7 @@ def get_parser() -> cli.Parser:
     parser.add_argument("--snapshot-every", type=cli.positive, default=100, help="updates between snapshots")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=cli.writable_folder,
         help="folder, for several inputs one that holds a folder for each "
         "(default: ROOT/reconstructions/<input>-<target>-<regularizer>)",
     )

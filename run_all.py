@@ -49,7 +49,7 @@ def stage_commands(args: argparse.Namespace) -> dict[str, list[list[str]]]:
     weights += ["--mean-image", str(args.mean_image)] if args.mean_image else []
     weights += ["--cache", str(args.cache)] if args.cache else []
     image = str(args.image or sample_image())
-    prepare = ["--source", args.source] if args.source else []
+    prepare = ["--source", args.source] if args.source is not None else []
     prepare += ["--num-images", str(args.num_images)] if args.num_images else []
     layers = ["--layers", *args.layers] if args.layers else []
     train = ["--iterations", str(args.iterations)] if args.iterations else []
@@ -141,7 +141,7 @@ def get_parser() -> cli.Parser:
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to extract and train (default: six)")
     parser.add_argument("--iterations", type=cli.positive, help="training updates (default: the preset's)")
     parser.add_argument("--reconstruction-iterations", type=cli.positive, help="(default: the preset's)")
-    parser.add_argument("--image", type=Path, help="photo for stages 4 and 5 (default: a sample photo)")
+    parser.add_argument("--image", type=cli.readable_file, help="photo for stages 4 and 5 (default: a sample photo)")
     parser.add_argument(
         "--from", dest="first", type=stage_name, default="prepare_images", help="first stage, 1-5 or name"
     )
@@ -159,8 +159,6 @@ def main(argv: list[str] | None = None) -> None:
     chosen = STAGES[STAGES.index(args.first) : STAGES.index(args.last) + 1]
     if not chosen:
         raise UserError(f"--from {args.first} comes after --to {args.last}: exchange them")
-    if args.image is not None and not args.image.is_file():
-        raise UserError(f"{args.image} does not exist: give a photo with --image")
     if args.dry_run:
         print_plan(args)
         return

@@ -92,8 +92,10 @@ def get_parser() -> cli.Parser:
     """Options of this script."""
     parser = cli.stage_parser(__doc__, workspace=False)
     cli.add_weights_options(parser)
-    parser.add_argument("image", metavar="IMAGE", nargs="?", type=Path, help="(default: a sample photo)")
-    parser.add_argument("--out", type=Path, default=Path("out/pretrained"), help="folder (default: out/pretrained)")
+    parser.add_argument("image", metavar="IMAGE", nargs="?", type=cli.readable_file, help="(default: a sample photo)")
+    parser.add_argument(
+        "--out", type=cli.writable_folder, default=Path("out/pretrained"), help="folder (default: out/pretrained)"
+    )
     parser.add_argument("--iterations", type=cli.positive, default=400, help="of each reconstruction (paper: 1000)")
     parser.add_argument("--max-side", type=cli.positive, default=1024, help="shrink larger images for the maps")
     return parser

@@ -42,13 +42,13 @@ def get_parser() -> cli.Parser:
     parser = cli.stage_parser(__doc__)
     cli.add_weights_options(parser)
     parser.add_argument("inputs", nargs="+", metavar="IMAGE|FOLDER", help="images of any size, or folders of them")
-    parser.add_argument("--vlm", type=Path, help="checkpoint (default: ROOT/vlm.safetensors)")
+    parser.add_argument("--vlm", type=cli.readable_file, help="checkpoint (default: ROOT/vlm.safetensors)")
     parser.add_argument(
         "--layer", help="layer whose map is used (default: the deepest trained; paper: conv5_4 of VGG-19)"
     )
     parser.add_argument("--max-side", type=cli.positive, help="shrink larger images to this side, to save memory")
     cli.add_postprocess_options(parser)
-    parser.add_argument("--out", type=Path, help="folder (default: ROOT/saliency)")
+    parser.add_argument("--out", type=cli.writable_folder, help="folder (default: ROOT/saliency)")
     return parser
 
 
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     files = list_images(args.inputs)
     checkpoint = args.vlm or args.root / "vlm.safetensors"
     vlm, configuration = load_vlm(checkpoint)
-    args.layer = args.layer or list(vlm.layers)[-1]
+    args.layer = list(vlm.layers)[-1] if args.layer is None else args.layer
     if args.layer not in vlm.layers:
         raise UserError(f"{checkpoint} has no layer {args.layer!r}: choose from {', '.join(vlm.layers)}")
     device = cli.pick_device(args.device)

@@ -330,8 +330,8 @@ def open_features(folder: Path, layers: list[str] | None) -> tuple[dict[str, np.
 def get_parser() -> cli.Parser:
     """Options of this stage."""
     parser = cli.stage_parser(__doc__)
-    parser.add_argument("--features", type=Path, help="folder of stage 2 (default: ROOT/features)")
-    parser.add_argument("--out", type=Path, help="checkpoint to write (default: ROOT/vlm.safetensors)")
+    parser.add_argument("--features", type=cli.folder, help="folder of stage 2 (default: ROOT/features)")
+    parser.add_argument("--out", type=cli.writable_file, help="checkpoint to write (default: ROOT/vlm.safetensors)")
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to train now (default: all extracted)")
     parser.add_argument("--iterations", type=cli.positive, default=20_001, help="updates (original code: 20001)")
     parser.add_argument("--batch-size", type=cli.positive, default=16, help="images (paper: 16 AlexNet, 1 VGG)")

@@ -5,6 +5,7 @@ ReLUs are operations of their own, `conv5` is the output of the convolution *bef
 code. `data` is the network's input itself.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -194,6 +195,12 @@ class Architecture:
         sizes = self._sizes(layer, size)
         has_grid = layer == "data" or not isinstance(self[layer], Linear | AdaptiveAveragePool)
         return min(sizes) >= 1 and (sizes[-1] >= grid or not has_grid)
+
+    def check_maps(self, layers: Collection[str]) -> None:
+        """Raise a UserError if one of `layers` is no tap with a grid, which a language model could read."""
+        maps = [tap for tap in self.taps if tap not in self.fully_connected]
+        if others := [layer for layer in layers if layer not in maps]:
+            raise UserError(f"{self.name} has no feature map {others[0]!r}; choose from: {', '.join(maps)}")
 
     def check_size(self, layer: str, height: int, width: int, grid: int = 2) -> None:
         """Raise a UserError if an input of `height` × `width` is too small for a tap."""

@@ -152,8 +152,8 @@ class _Parser:
                 if wire == BYTES and len(value) % size:
                     raise _Malformed(f"{len(value)} bytes are no whole number of values of {size} bytes")
                 pieces[number].append(np.frombuffer(value, f"<f{size}") if wire == BYTES else value)
-        if shape is None:
-            shape = [legacy.get(i, 1) for i in BLOB_LEGACY_DIMS] if legacy else None
+        if legacy:  # Caffe itself prefers them to a shape
+            shape = [legacy.get(i, 1) for i in BLOB_LEGACY_DIMS]
         return _array(pieces[BLOB_DOUBLE_DATA] or pieces[BLOB_DATA], shape)
 
     def layer(self, data: memoryview, name_field: int, blobs_field: int) -> tuple[str, list[memoryview]]:

@@ -12,6 +12,8 @@ from torch import Tensor, from_numpy
 from models.backbones import Backbone
 from models.vlm import VisualLanguageModel
 
+from models.errors import UserError
+
 POWER = 0.5  # original code
 BLUR = 0.03  # original code, of the image's height and width
 
@@ -52,7 +54,7 @@ def postprocess(
     Power, scaling to 0…1, bilinear enlargement by the layer's stride, zero padding around the centre, Gaussian blur
     of `blur` times the image's sides, scaling: `postprocess_original` without its rounding to bytes.
     """
-    values = to_unit(np.asarray(unnaturalness, dtype=np.float64) ** power)
+    values = to_unit(powered(unnaturalness, power))
     enlarged = F.interpolate(from_numpy(values)[None, None], scale_factor=stride, mode="bilinear")[0, 0].numpy()
     return to_unit(blur_to_image(pad_to(enlarged, height, width), blur))
 
@@ -64,12 +66,24 @@ def postprocess_original(
 
     There the map is scaled to bytes before it is enlarged, in 8-bit arithmetic, and the result is truncated to bytes.
     """
-    values = np.asarray(unnaturalness, dtype=np.float64) ** power
-    small = to_bytes(values)
+    small = to_bytes(powered(unnaturalness, power))
     size = (small.shape[1] * stride, small.shape[0] * stride)
     enlarged = np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BILINEAR))
     blurred = blur_to_image(pad_to(enlarged, height, width).astype(np.float64), blur)
     return (to_unit(blurred) * 255).astype(np.uint8)
+
+
+def powered(unnaturalness: np.ndarray, power: float) -> np.ndarray:
+    """The map to a power, float64.
+
+    Raises:
+        UserError: the result is beyond the range of numbers.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = np.asarray(unnaturalness, dtype=np.float64) ** power
+    if not np.isfinite(values).all():
+        raise UserError(f"the map to the power {power:g} is beyond the range of numbers: give another power")
+    return values
 
 
 def to_bytes(values: np.ndarray) -> np.ndarray:

@@ -159,6 +159,15 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
+def check_memory(what: str, needed: int) -> None:
+    """Raise a UserError if `what` needs more bytes than this computer has: it would be killed, not refused."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else needed
+    if needed > there:
+        raise UserError(
+            f"{what} need {format_bytes(needed)} of memory and this computer has {format_bytes(there)}: give less"
+        )
+
+
 def format_bytes(count: float) -> str:
     """1536 -> '1.5 KB', in powers of 1000."""
     for unit in ("B", "KB", "MB", "GB", "TB"):

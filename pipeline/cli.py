@@ -5,9 +5,11 @@ Nothing here imports torch before it is needed, so that `--help` answers at once
 
 import argparse
 import errno
+import io
 import os
 import platform
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -21,6 +23,13 @@ from pipeline.presets import PRESETS
 
 LINE_INTERVAL = 20.0  # seconds between progress lines where there is no terminal
 DEVICES = ("auto", "cpu", "cuda", "mps")
+LARGEST_COUNT = 10**9  # of images, updates, …: beyond, sizes would overflow before memory does
+LARGEST_NUMBER = 3.4e38  # float32's
+# What goes wrong with a path that the user chose or can mend; other numbers are bugs.
+USERS_ERRORS = {
+    getattr(errno, name)
+    for name in "ENOSPC EDQUOT EACCES EPERM EROFS EISDIR ENOTDIR EEXIST ENAMETOOLONG ELOOP EIO".split()
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line on stderr and exit with code 2."""
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see --help)\n")
 
 
 def stage_parser(doc: str, *, workspace: bool = True) -> Parser:
@@ -69,7 +78,7 @@ def add_common_options(parser: argparse.ArgumentParser, *, workspace: bool) -> N
             help="whose defaults to take for all other options; alexnet_caffe and vgg19_caffe are the paper's "
             "(default: alexnet)",
         )
-        parser.add_argument("--root", type=Path, help="workspace folder (default: out/<preset>)")
+        parser.add_argument("--root", type=folder, help="workspace folder (default: out/<preset>)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes cuda, then mps, then cpu")
     parser.add_argument("--seed", type=natural, default=0, help="everything that is drawn follows from it (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="start afresh where finished or partial results stand")
@@ -90,31 +99,31 @@ def natural(text: str) -> int:
     """argparse type: an integer from 0 to 2⁶³-1."""
     value = int(text)
     if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not an integer from 0 up")
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not an integer from 0 to 2⁶³-1")
     return value
 
 
 def positive(text: str) -> int:
-    """argparse type: an integer from 1 up."""
-    value = natural(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("0 is too small: give an integer from 1 up")
+    """argparse type: an integer from 1 to 10⁹."""
+    value = int(text)
+    if not 1 <= value <= LARGEST_COUNT:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not an integer from 1 to {LARGEST_COUNT}")
     return value
 
 
 def positive_number(text: str) -> float:
-    """argparse type: a finite number above 0."""
+    """argparse type: a number above 0 that fits into float32."""
     value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    if not 0 < value <= LARGEST_NUMBER:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not a number above 0, {LARGEST_NUMBER} at most")
     return value
 
 
 def non_negative_number(text: str) -> float:
-    """argparse type: a finite number from 0 up."""
+    """argparse type: a number from 0 up that fits into float32."""
     value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number from 0 up")
+    if not 0 <= value <= LARGEST_NUMBER:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not a number from 0 up, {LARGEST_NUMBER} at most")
     return value
 
 
@@ -122,8 +131,63 @@ def fraction(text: str) -> float:
     """argparse type: a number from 0 up, below 1."""
     value = float(text)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not in [0, 1)")
     return value
+
+
+def _kind(text: str) -> int:
+    """stat's type of what stands at a path, 0 for nothing there."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty path leads nowhere")
+    try:
+        return stat.S_IFMT(Path(text).stat().st_mode)
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be used: {_reason(error)}") from None
+
+
+def _may(path: str | Path, mode: int) -> bool:
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def readable_file(text: str) -> Path:
+    """argparse type: a file that is there and may be read."""
+    kind = _kind(text)
+    if kind != stat.S_IFREG:
+        what = "does not exist" if not kind else "is a folder" if kind == stat.S_IFDIR else "is no regular file"
+        raise argparse.ArgumentTypeError(f"{text!r} {what}: give a file")
+    if not _may(text, os.R_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be read: permission denied")
+    return Path(text)
+
+
+def folder(text: str) -> Path:
+    """argparse type: a folder, there or not yet."""
+    if _kind(text) not in (0, stat.S_IFDIR):
+        raise argparse.ArgumentTypeError(f"{text!r} is a file: give a folder")
+    return Path(text)
+
+
+def writable_folder(text: str) -> Path:
+    """argparse type: a folder that may be written, or made."""
+    path = folder(text)
+    there = next(p for p in (path, *path.absolute().parents) if _kind(str(p)))
+    if not _may(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{there} cannot be written: permission denied")
+    return path
+
+
+def writable_file(text: str) -> Path:
+    """argparse type: a file to be written, replacing one that stands there."""
+    if _kind(text) not in (0, stat.S_IFREG):
+        raise argparse.ArgumentTypeError(f"{text!r} is no file: give the name of one")
+    writable_folder(str(Path(text).parent))
+    return Path(text)
 
 
 def add_weights_options(parser: argparse.ArgumentParser) -> None:
@@ -137,10 +201,12 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--mean-image",
-        type=Path,
+        type=readable_file,
         help="imagenet_mean.binaryproto for the Caffe backbones (default: downloaded)",
     )
-    parser.add_argument("--cache", type=Path, help="folder of downloads (default: $CNN_VLM_CACHE or ~/.cache/cnn-vlm)")
+    parser.add_argument(
+        "--cache", type=folder, help="folder of downloads (default: $CNN_VLM_CACHE or ~/.cache/cnn-vlm)"
+    )
 
 
 def add_postprocess_options(parser: argparse.ArgumentParser) -> None:
@@ -308,12 +374,24 @@ class Progress:
         self.update(done - self.done)
 
 
+LACKS_MEMORY = "this does not fit into memory: use smaller values (batch, positions, layers) or smaller images"
+
+
 class Terminated(BaseException):
     """SIGTERM arrived."""
 
 
 def _on_sigterm(*_: object) -> None:
     raise Terminated
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an exception says that memory is exhausted, the device's or the computer's."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+        or "can't allocate memory" in str(error)
+    )
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -324,20 +402,24 @@ def run(main: Callable[[], int | None]) -> int:
     """
     name = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, _on_sigterm)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         return main() or 0
     except UserError as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            where = error.filename or "the workspace"
-            print(
-                f"{name}: cannot write {where} ({error.strerror}): mend that and run again to go on",
-                file=sys.stderr,
-            )
-            return 2
-        raise
+        if error.errno not in USERS_ERRORS:
+            raise
+        where = str(error.filename or "the workspace")
+        print(f"{name}: {where[:200]!r}: {error.strerror}; mend that and run again to go on", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        print(f"{name}: {LACKS_MEMORY}", file=sys.stderr)
+        return 2
     except (KeyboardInterrupt, Terminated) as stop:
         print(f"\n{name}: interrupted; the same command goes on from the last saved state", file=sys.stderr)
         return 130 if isinstance(stop, KeyboardInterrupt) else 143

@@ -35,6 +35,7 @@ SAMPLE_PHOTOS = {  # package -> files inside it
         )
     ),
 }
+MOST_CROPS = 1_000_000
 SMALLEST_CROP = 0.35  # of a photo's shorter side
 EXPECTED = (
     "give a folder of images (flat, or one folder per class), an uncompressed tar of them "
@@ -250,6 +251,8 @@ def sample_photos() -> list[Path]:
 
 
 def _sample_crops(count: int, seed: int) -> list[Crop]:
+    if count > MOST_CROPS:
+        raise UserError(f"{count} crops are too many of a few sample photos: give --num-images {MOST_CROPS} at most")
     photos = sample_photos()
     crops = [Crop(f"{photos[i % len(photos)].stem}-{i:05d}", photos[i % len(photos)], seed, i) for i in range(count)]
     return sorted(crops, key=lambda crop: crop.name)

@@ -251,8 +251,9 @@ def test_doubles_replace_floats_as_in_caffe(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_binaryproto(path), [0.5, -2.0])
 
 
-def test_against_the_official_protobuf_runtime(tmp_path: Path) -> None:
-    descriptor = pytest.importorskip("google.protobuf.descriptor_pb2")
+def official_network():
+    """An empty NetParameter of the official protobuf runtime; ImportError where that is not installed."""
+    from google.protobuf import descriptor_pb2 as descriptor
     from google.protobuf import descriptor_pool, message_factory
 
     file = descriptor.FileDescriptorProto(name="caffe.proto", package="caffe", syntax="proto2")
@@ -292,7 +293,12 @@ def test_against_the_official_protobuf_runtime(tmp_path: Path) -> None:
                 added.options.packed = True
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    net = message_factory.GetMessageClass(pool.FindMessageTypeByName("caffe.NetParameter"))()
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("caffe.NetParameter"))()
+
+
+def test_against_the_official_protobuf_runtime(tmp_path: Path) -> None:
+    pytest.importorskip("google.protobuf")
+    net = official_network()
     old = net.layers.add(name="old").blobs.add(num=4, channels=1, height=3, width=2)
     old.data.extend(VALUES.ravel().tolist())
     new = net.layer.add(name="new").blobs.add()
