@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from models.errors import UserError
@@ -51,10 +51,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], configuration: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON configuration as one safetensors file (not atomic: give a temporary path)."""
+    """Write tensors and a JSON configuration as one safetensors file (not atomic: give a temporary path).
+
+    Raises:
+        OSError: the disk is full (safetensors' own writer hides the reason).
+    """
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     metadata = {"configuration": json.dumps({"format": FORMAT, **configuration})}
-    save_file(contiguous, path, metadata=metadata)
+    path.write_bytes(save(contiguous, metadata=metadata))
 
 
 def vlm_tensors(vlm: VisualLanguageModel, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
