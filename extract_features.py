@@ -9,6 +9,7 @@ Out: ROOT/features/projection.safetensors: per layer the channels' mean and std,
 The images are read twice: once for the statistics, of the centre crops, once to write the features.
 
     python extract_features.py --preset alexnet --layers conv5
+    torchrun --nproc-per-node=8 extract_features.py --preset alexnet
 """
 
 import json
@@ -23,7 +24,7 @@ import numpy as np
 
 from models.errors import UserError
 from models.randomness import seed_for
-from pipeline import artefacts, cli
+from pipeline import artefacts, cli, distributed
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from models.projection import Moments, Projection
 
 SAVE_EVERY = 60.0  # seconds between two notes of progress on disk
+STATE = "statistics.npz"  # of pass 1, while it runs
 RECONSTRUCTION_TARGETS = ("pool5", "fc6", "fc7", "fc8")
 
 
@@ -63,9 +65,14 @@ class Views:
 
 
 def network_batches(
-    images: np.ndarray, backbone: "Backbone", size: int, first: int, views: Views | None = None
+    images: np.ndarray,
+    backbone: "Backbone",
+    size: int,
+    first: int,
+    views: Views | None = None,
+    stop: int | None = None,
 ) -> Iterator:
-    """Batches of network input from stored images (N, 256, 256, 3), from row `first` on.
+    """Batches of network input from stored images (N, 256, 256, 3), from row `first` to before `stop`.
 
     Yields:
         the index of the first row and the input (B, 3, h, w), cropped to the backbone's size. The mean is subtracted
@@ -75,21 +82,18 @@ def network_batches(
 
     views = views or Views()
     crop = backbone.architecture.crop
-    for start in range(first, views.count * len(images), size):
-        rows = np.arange(start, min(start + size, views.count * len(images)))
+    stop = views.count * len(images) if stop is None else stop
+    for start in range(first, stop, size):
+        rows = np.arange(start, min(start + size, stop))
         batch = torch.from_numpy(images[rows % len(images)]).to(backbone.device)
         batch = backbone.preprocess(batch.permute(0, 3, 1, 2).float())  # (B, 3, 256, 256)
-        yield (
-            start,
-            torch.stack(
-                [views.cut(x, *divmod(row, len(images)), *crop) for x, row in zip(batch, rows.tolist(), strict=True)]
-            ),
-        )
+        numbered = zip(batch, rows.tolist(), strict=True)
+        yield start, torch.stack([views.cut(x, *divmod(row, len(images)), *crop) for x, row in numbered])
 
 
 @dataclass
 class Statistics:
-    """What pass 1 collects: moments of every tap, and raw feature vectors at random positions."""
+    """What pass 1 collects from the images before `done`: moments of every tap, raw vectors at random positions."""
 
     moments: dict[str, "Moments"]
     samples: dict[str, np.ndarray]
@@ -104,7 +108,8 @@ class Statistics:
             arrays[f"count.{tap}"] = np.array(m.count)
         arrays["done"] = np.array(self.done)
         arrays["facts"] = np.array(json.dumps(facts))
-        with artefacts.atomic_path(path) as temporary, temporary.open("wb") as file:
+        size = sum(array.nbytes for array in arrays.values())
+        with artefacts.atomic_path(path, size) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
         self.saved = time.monotonic()
 
@@ -126,6 +131,17 @@ class Statistics:
             return
         except (ValueError, KeyError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}): remove it and run again") from None
+
+    def reduce(self) -> None:
+        """Put the parts of all ranks together; the samples on rank 0 alone."""
+        import torch
+
+        for m in self.moments.values():
+            count = distributed.add_up(torch.tensor([m.count]))
+            m.count, m.sums, m.squares = int(count), distributed.add_up(m.sums), distributed.add_up(m.squares)
+        for layer, values in self.samples.items():
+            whole = distributed.gather_rows(values)
+            self.samples[layer] = values[:0] if whole is None else whole
 
 
 def collect_statistics(
@@ -152,15 +168,20 @@ def collect_statistics(
     architecture = backbone.architecture
     per_image = positions_per_image(len(images), pca_positions)
     taps = list(dict.fromkeys([*layers, *others]))
-    floats = len(images) * per_image * sum(architecture.channels(layer) for layer in layers)
+    first, stop = distributed.span(len(images), batch_size)
+    floats = (stop - first) * per_image * sum(architecture.channels(layer) for layer in layers)
     artefacts.check_memory("samples at --pca-positions", 4 * floats)
     statistics = Statistics(
         {tap: Moments(architecture.channels(tap)) for tap in taps},
-        {c: np.zeros((len(images), per_image, architecture.channels(c)), np.float32) for c in layers},
+        {c: np.zeros((stop - first, per_image, architecture.channels(c)), np.float32) for c in layers},
+        first,
     )
+    state, facts = artefacts.rank_path(state), {**facts, "rows": [first, stop]}
     statistics.restore(state, facts)
-    with cli.Progress(len(images), "statistics", "images", statistics.done) as progress, torch.no_grad():
-        for start, x in network_batches(images, backbone, batch_size, statistics.done):
+    batches = network_batches(images, backbone, batch_size, statistics.done, None, stop)
+    progress = cli.Progress(stop - first, "statistics", "images", statistics.done - first)
+    with progress, cli.SafePoints() as signals, torch.no_grad():
+        for start, x in batches:
             features = backbone(x, taps)
             for tap, values in features.items():
                 statistics.moments[tap].update(values)
@@ -168,11 +189,16 @@ def collect_statistics(
                 flat = features[layer].flatten(2)  # (B, C, H·W)
                 drawn = [draw_positions(seed, layer, i, per_image, flat.shape[2]) for i in range(start, start + len(x))]
                 index = torch.from_numpy(np.stack(drawn)).to(flat.device)[:, None].expand(-1, flat.shape[1], -1)
-                statistics.samples[layer][start : start + len(x)] = flat.gather(2, index).transpose(1, 2).cpu()
+                sampled = flat.gather(2, index).transpose(1, 2).cpu()  # (B, positions, C)
+                statistics.samples[layer][start - first : start - first + len(x)] = sampled
             statistics.done = start + len(x)
             progress.update(len(x))
             if time.monotonic() - statistics.saved > SAVE_EVERY:
                 statistics.save(state, facts)
+            signals.check(lambda: statistics.save(state, facts))
+    if distributed.size() > 1:
+        statistics.save(state, facts)  # another rank may fail while this one waits for it
+    statistics.reduce()
     return statistics
 
 
@@ -205,45 +231,62 @@ def projection_tensors(projections: "dict[str, Projection]", statistics: Statist
     return tensors
 
 
+def feature_facts(
+    images: np.ndarray, backbone: "Backbone", layer: str, size: int, views: Views, facts: artefacts.Facts
+) -> artefacts.Facts:
+    """What the features of a layer with `size` components must state."""
+    architecture = backbone.architecture
+    shape = [len(images) * views.count, *architecture.grid(layer, *architecture.crop), size]
+    return {"shape": shape, **facts, "layer": layer, **views.facts()}
+
+
 def write_features(
     images: np.ndarray,
     backbone: "Backbone",
     projections: "dict[str, Projection]",
     folder: Path,
     *,
-    dtype: str,
     batch_size: int,
     views: Views,
-    facts: artefacts.Facts,
+    facts: dict[str, artefacts.Facts],
 ) -> None:
-    """Pass 2: project every layer and write `folder`/<layer>.npy (views·N, H, W, D)."""
+    """Pass 2: project every layer and write `folder`/<layer>.npy (N·K, H, W, D); `facts` of each by layer."""
     import torch
 
-    architecture = backbone.architecture
-    rows = views.count * len(images)
-    shapes = {layer: (rows, *architecture.grid(layer, *architecture.crop), p.size) for layer, p in projections.items()}
-    sizes = {layer: int(np.prod(shape)) * np.dtype(dtype).itemsize for layer, shape in shapes.items()}
-    for layer, shape in shapes.items():
-        print(f"  {layer}: {shape} {dtype}, {artefacts.format_bytes(sizes[layer])}")
+    sizes = {layer: int(np.prod(f["shape"])) * np.dtype(f["dtype"]).itemsize for layer, f in facts.items()}
+    for layer, f in facts.items():
+        print(f"  {layer}: {tuple(f['shape'])} {f['dtype']}, {artefacts.format_bytes(sizes[layer])}")
     here = [folder / f"{layer}.npy{artefacts.PARTIAL}" for layer in sizes]
-    artefacts.check_disk(folder, sum(sizes.values()) - sum(p.stat().st_size for p in here if p.is_file()))
+    there = sum(p.stat().st_size for p in here if p.is_file())
+    distributed.first(lambda: artefacts.check_disk(folder, sum(sizes.values()) - there))
+    first, stop = distributed.span(len(images) * views.count, batch_size)
     writers = {
-        layer: artefacts.ArrayWriter(folder / f"{layer}.npy", shape, dtype, {**facts, "layer": layer})
-        for layer, shape in shapes.items()
+        layer: artefacts.ArrayWriter(folder / f"{layer}.npy", tuple(f["shape"]), f["dtype"], f, (first, stop))
+        for layer, f in facts.items()
     }
     done = min(writer.done for writer in writers.values())
+
+    def mark(rows: int) -> None:
+        for writer in writers.values():
+            writer.mark(rows)
+
     marked = time.monotonic()
     projections = {layer: p.to(backbone.device) for layer, p in projections.items()}
-    with cli.Progress(rows, "features", "images", done) as progress, torch.no_grad():
-        for start, x in network_batches(images, backbone, batch_size, done, views):
+    batches = network_batches(images, backbone, batch_size, done, views, stop)
+    progress = cli.Progress(stop - first, "features", "images", done - first)
+    with progress, cli.SafePoints() as signals, torch.no_grad():
+        for start, x in batches:
             for layer, features in backbone(x, list(projections)).items():
                 projected = projections[layer](features).permute(0, 2, 3, 1)  # (B, H, W, D)
                 writers[layer].array[start : start + len(x)] = projected.cpu().numpy()
+            done = start + len(x)
             progress.update(len(x))
             if time.monotonic() - marked > SAVE_EVERY:
-                for writer in writers.values():
-                    writer.mark(start + len(x))
+                mark(done)
                 marked = time.monotonic()
+            signals.check(lambda: mark(done))  # noqa: B023 (called at once)
+    if distributed.size() > 1:
+        mark(stop)
     for writer in writers.values():
         writer.finish(versions=cli.versions())
 
@@ -267,61 +310,99 @@ def get_parser() -> cli.Parser:
     parser.add_argument("--batch-size", type=cli.positive, default=16, help="images per forward pass")
     parser.add_argument("--limit", type=cli.positive, help="use the first images only")
     parser.add_argument(
-        "--views", type=cli.positive, default=1, help="of each image; the first is the centre crop (paper: 1)"
-    )
-    parser.add_argument("--random-crop", action="store_true", help="the other views are crops drawn from the image")
-    parser.add_argument("--flip", action="store_true", help="half of the other views are mirrored")
-    parser.add_argument(
         "--pca-positions",
         type=cli.positive,
         default=100_000,
         help="positions that PCA is fitted on, spread over all images (original code: 100000)",
     )
+    parser.add_argument(
+        "--views", type=cli.positive, default=1, help="of each image; the first is the centre crop (paper: 1)"
+    )
+    parser.add_argument("--random-crop", action="store_true", help="the other views are crops drawn from the image")
+    parser.add_argument("--flip", action="store_true", help="half of the other views are mirrored")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
     args = cli.parse_args(get_parser(), argv, "extract_features")
-    folder = args.out or args.root / "features"
     if (args.views > 1) != (args.random_crop or args.flip):
         raise UserError("--views 2 or more goes together with --random-crop, --flip or both: give both or neither")
+    device = cli.pick_device(args.device)
+    folder = args.out or args.root / "features"
+    with distributed.group(device), artefacts.claim(folder):
+        extract(args, folder, device)
+
+
+def extract(args, folder: Path, device: "torch.device") -> None:
+    """Read the inputs, describe the results, make what of them is missing."""
+    from models.checkpoints import PROJECTION_PARTS
+    from models.projection import Projection
+
     images, source = artefacts.open_array(args.images or args.root / "images.npy", "prepare_images.py")
     images = images[: args.limit]
-    device = cli.pick_device(args.device)
     cli.announce(args, device)
     backbone, weights = cli.load_backbone(args, args.backbone, [*(args.layers or []), *(args.statistics or [])], device)
     layers = list(dict.fromkeys(args.layers or backbone.architecture.vlm_layers))
     backbone.architecture.check_maps(layers)
-    others = args.statistics
-    if others is None:
-        others = [tap for tap in RECONSTRUCTION_TARGETS if tap in backbone.available_taps]
     facts = {
         "stage": "extract_features",
         "backbone": backbone.architecture.name,
-        "weights_sha256": weights.sha256,
+        **cli.weights_facts(backbone, weights),
         "images_sha256": source["content_sha256"],
         "num_images": len(images),
         "pca_positions": args.pca_positions,
         "seed": args.seed,
     }
-    run(images, backbone, layers, ["data", *others], folder, facts, args, weights.source)
+    if args.overwrite:  # all of it, before any of it is made: what is killed in between leaves nothing that looks whole
+        distributed.first(lambda: invalidate(folder, layers))
+    tensors = find_projections(images, backbone, layers, folder, facts, args, weights.source)
+    projections = {
+        layer: Projection(**{n: tensors[f"{layer}.projection.{n}"] for n in PROJECTION_PARTS}) for layer in layers
+    }
+    digest = distributed.first(lambda: artefacts.file_sha256(folder / "projection.safetensors"))
+    facts |= {"projection_sha256": digest, "dtype": args.dtype}
+    views = Views(args.views, args.random_crop, args.flip, args.seed)
+    wanted = {name: feature_facts(images, backbone, name, p.size, views, facts) for name, p in projections.items()}
+    missing = distributed.first(
+        lambda: [name for name, f in wanted.items() if not artefacts.is_finished(folder / f"{name}.npy", f, False)]
+    )
+    if not missing:
+        print(f"{folder}: features of {', '.join(layers)} are finished: nothing to do")
+        return
+    projections, wanted = ({name: values[name] for name in missing} for values in (projections, wanted))
+    write_features(images, backbone, projections, folder, batch_size=args.batch_size, views=views, facts=wanted)
+    print(f"{folder}: features of {', '.join(missing)} written")
 
 
-def run(images, backbone, layers, others, folder, facts, args, source) -> None:
-    """Both passes, each skipped where its artefacts stand."""
-    from models.checkpoints import read_tensors, write_tensors
-    from models.projection import Projection
+def invalidate(folder: Path, layers: list[str]) -> None:
+    """Declare the projection and the features of some layers unfinished, and drop every state."""
+    artefacts.discard(folder / STATE)
+    for name in ("projection.safetensors", *(f"{layer}.npy" for layer in layers)):
+        artefacts.is_finished(folder / name, {}, overwrite=True)
 
-    path = folder / "projection.safetensors"
+
+def find_projections(
+    images: np.ndarray,
+    backbone: "Backbone",
+    layers: list[str],
+    folder: Path,
+    facts: artefacts.Facts,
+    args,
+    source: str,
+) -> "dict[str, torch.Tensor]":
+    """Tensors of projection.safetensors, which pass 1 makes where it is missing."""
+    from models.checkpoints import read_tensors
+
+    path, state = folder / "projection.safetensors", folder / STATE
+    others = args.statistics
+    if others is None:
+        others = [tap for tap in RECONSTRUCTION_TARGETS if tap in backbone.available_taps]
+    others = ["data", *others]
     collected = {**facts, "layers": layers, "statistics": sorted({*layers, *others})}
-    if artefacts.is_finished(path, collected, args.overwrite):
+    if distributed.first(lambda: artefacts.is_finished(path, collected, False)):
         print(f"{path} is finished")
-        tensors, _ = read_tensors(path)
     else:
-        state = folder / "statistics.npz"
-        if args.overwrite:
-            state.unlink(missing_ok=True)
         statistics = collect_statistics(
             images,
             backbone,
@@ -333,28 +414,15 @@ def run(images, backbone, layers, others, folder, facts, args, source) -> None:
             state=state,
             facts=collected,
         )
-        tensors = projection_tensors(fit_projections(statistics, layers), statistics)
-        with artefacts.atomic_path(path) as temporary:
-            write_tensors(temporary, tensors, {"layers": layers, "weights": source, **collected})
-        artefacts.write_json(artefacts.sidecar_path(path), {**collected, "versions": cli.versions()})
-        state.unlink(missing_ok=True)
-    projections = {
-        layer: Projection(**{n: tensors[f"{layer}.projection.{n}"] for n in ("mean", "std", "components", "pca_mean")})
-        for layer in layers
-    }
-    views = Views(args.views, args.random_crop, args.flip, args.seed)
-    facts = {**facts, "projection_sha256": artefacts.file_sha256(path), "dtype": args.dtype, **views.facts()}
-    missing = {
-        layer: p
-        for layer, p in projections.items()
-        if not artefacts.is_finished(folder / f"{layer}.npy", {**facts, "layer": layer}, args.overwrite)
-    }
-    if not missing:
-        print(f"{folder}: features of {', '.join(layers)} are finished: nothing to do")
-        return
-    options = {"dtype": args.dtype, "batch_size": args.batch_size, "views": views}
-    write_features(images, backbone, missing, folder, **options, facts=facts)
-    print(f"{folder}: features of {', '.join(missing)} written")
+
+        def write() -> None:
+            tensors = projection_tensors(fit_projections(statistics, layers), statistics)
+            artefacts.write_tensors(path, tensors, {"layers": layers, "weights": source, **collected})
+            artefacts.write_json(artefacts.sidecar_path(path), {**collected, "versions": cli.versions()})
+
+        distributed.first(write)
+    distributed.first(lambda: artefacts.discard(state))
+    return distributed.first(lambda: read_tensors(path)[0])
 
 
 if __name__ == "__main__":

@@ -59,7 +59,10 @@ def prepare(
     strict: bool,
     facts: artefacts.Facts,
 ) -> dict[int, str]:
-    """Write all readable entries to `out`; return the reasons against the others by their index.
+    """Write all readable entries to `out`, the names and reasons of the others beside it to rejected.csv.
+
+    Returns:
+        the reasons by index.
 
     Raises:
         UserError: an unreadable file under `strict`, or nothing readable at all.
@@ -67,11 +70,9 @@ def prepare(
     size = len(entries) * STORED_SIZE * STORED_SIZE * 3
     print(f"{len(entries)} images, {artefacts.format_bytes(size)} in {out}", flush=True)
     writer = artefacts.ArrayWriter(out, (len(entries), STORED_SIZE, STORED_SIZE, 3), "uint8", facts)
-    if not writer.done:
-        artefacts.check_disk(out.parent, size)
     rejected = {int(index): reason for index, reason in writer.state.get("rejected", {}).items()}
     first = writer.done + len(rejected)
-    with cli.Progress(len(entries), "preparing", "images", first) as progress:
+    with cli.Progress(len(entries), "preparing", "images", first) as progress, cli.SafePoints() as signals:
         for index, result in enumerate(load_in_order(entries[first:], workers), first):
             if isinstance(result, str):
                 if strict:
@@ -83,8 +84,10 @@ def prepare(
             progress.update(note=f"{len(rejected)} rejected" if rejected else "")
             if (writer.done + len(rejected)) % MARK_EVERY == 0:
                 writer.mark(writer.done, rejected=rejected)
+            signals.check(lambda: writer.mark(writer.done, rejected=rejected))
     if not writer.done:
         raise UserError(f"none of the {len(entries)} files is a readable image, the first: {rejected[0]}")
+    write_rejected(out.parent / "rejected.csv", [(entries[i].name, reason) for i, reason in rejected.items()])
     writer.finish(
         rows=writer.done,
         content_sha256=artefacts.hash_rows(writer.array[: writer.done]),
@@ -128,11 +131,11 @@ def main(argv: list[str] | None = None) -> None:
         "num_images": args.num_images,
         "seed": args.seed,
     }
-    if artefacts.is_finished(out, facts, args.overwrite):
-        print(f"{out} is finished: nothing to do")
-        return
-    rejected = prepare(entries, out, workers=args.workers, strict=args.strict, facts=facts)
-    write_rejected(out.parent / "rejected.csv", [(entries[i].name, reason) for i, reason in rejected.items()])
+    with artefacts.claim(out):
+        if artefacts.is_finished(out, facts, args.overwrite):
+            print(f"{out} is finished: nothing to do")
+            return
+        rejected = prepare(entries, out, workers=args.workers, strict=args.strict, facts=facts)
     print(f"{out}: {len(entries) - len(rejected)} images, {len(rejected)} rejected")
     for reason in list(rejected.values())[:5]:
         print(f"  rejected: {reason}")

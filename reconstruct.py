@@ -259,7 +259,7 @@ def resolve_defaults(args, backbone: str) -> None:
     regularizer = REGULARIZERS[args.regularizer]
     args.iterations = args.updates or regularizer.iterations or args.iterations  # `iterations` is the preset's
     if args.learning_rate is None:
-        args.learning_rate = learning_rate_for(args.regularizer, backbone, args.target)
+        args.learning_rate = learning_rate_for(args.regularizer)
     if args.decay_at is None:
         args.decay_at = [round(part * args.iterations) for part in regularizer.decay_at]
     args.penalties = penalties_for(args.regularizer, args.target)
@@ -466,6 +466,8 @@ def reconstruct(
     target, rgb, digest = read_source(source, backbone, args.target)
     facts = {"input": source.name, "input_sha256": digest, **facts}
     if artefacts.is_finished(out / "reconstruction.npy", facts, args.overwrite):
+        for state in out.glob("restart-*.state.safetensors*"):  # killed just before it removed them
+            state.unlink()
         print(f"{out} is finished: nothing to do")
         return
     regularizer = REGULARIZERS[args.regularizer]

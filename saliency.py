@@ -6,6 +6,7 @@ Out: per image OUT/<name>.npy, the saliency map (H, W) in 0…1 of the image's s
      layer before post-processing, float64.
 
     python saliency.py photo.jpg photos/ --preset vgg16 --layer conv5_3
+    torchrun --nproc-per-node=8 saliency.py photos/ --preset vgg16
 """
 
 import sys
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.errors import UserError
-from pipeline import artefacts, cli
+from pipeline import artefacts, cli, distributed
 
 if TYPE_CHECKING:
+    import torch
+
     from models.backbones import Backbone
     from models.vlm import VisualLanguageModel
 
@@ -76,6 +79,14 @@ def process(
 def main(argv: list[str] | None = None) -> int:
     """Run the stage; 2 if any image could not be read."""
     args = cli.parse_args(get_parser(), argv, "saliency")
+    device = cli.pick_device(args.device)
+    out = args.out or args.root / "saliency"
+    with distributed.group(device), artefacts.claim(out):
+        return compute(args, out, device)
+
+
+def compute(args, out: Path, device: "torch.device") -> int:
+    """The maps of all images, which the ranks share; 2 if any image could not be read."""
     from models.checkpoints import load_vlm
     from pipeline.images import list_images
 
@@ -85,26 +96,27 @@ def main(argv: list[str] | None = None) -> int:
     args.layer = list(vlm.layers)[-1] if args.layer is None else args.layer
     if args.layer not in vlm.layers:
         raise UserError(f"{checkpoint} has no layer {args.layer!r}: choose from {', '.join(vlm.layers)}")
-    device = cli.pick_device(args.device)
     cli.announce(args, device)
     backbone, weights = cli.load_backbone(args, configuration["backbone"], [args.layer], device)
     vlm = vlm.freeze().to(device)
-    out = args.out or args.root / "saliency"
     facts = {
         "stage": "saliency",
         "backbone": configuration["backbone"],
-        "weights_sha256": weights.sha256,
+        **cli.weights_facts(backbone, weights),
         "vlm_sha256": artefacts.file_sha256(checkpoint),
         **{key: getattr(args, key) for key in ("layer", "max_side", "power", "blur", "postprocess")},
     }
-    failed = 0
-    with cli.Progress(len(files), "saliency", "images") as progress:
-        for name, path in files.items():
+    mine, failed = distributed.share(list(files.items())), 0
+    with cli.Progress(len(mine), "saliency", "images") as progress:
+        for name, path in mine:
             try:
                 progress.update(note=f"{name} {process(args, name, path, backbone, vlm, out, facts)}")
+            except artefacts.NoRoomError:
+                raise
             except UserError as error:
                 failed += 1
                 print(f"saliency.py: {error}", file=sys.stderr)
+    failed = round(distributed.total(failed))
     print(f"{out}: {len(files) - failed} saliency maps of {args.layer}" + (f", {failed} failed" if failed else ""))
     return 2 if failed else 0
 

@@ -4,9 +4,12 @@ In:  ROOT/features/<layer>.npy (N, H, W, D) and ROOT/features/projection.safeten
 Out: ROOT/vlm.safetensors, the model of all layers trained so far; ROOT/log.csv, a line per layer and interval;
      ROOT/figures/loss.png; ROOT/train_state/, what a killed run needs to go on.
 
-Layers share no parameters: trained in one run or in several, they end up in the same vlm.safetensors.
+Layers share no parameters: trained in one run or in several, at once or in turn, they end up in the same
+vlm.safetensors; --merge adds those of other workspaces with the same projection.
 
     python train_vlm.py --preset alexnet --layers conv5 --learning-rate 10 --iterations 3000
+    torchrun --nproc-per-node=8 train_vlm.py --preset alexnet
+    python train_vlm.py --preset alexnet --merge other/vlm.safetensors
 """
 
 import csv
@@ -15,7 +18,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +28,7 @@ import numpy as np
 
 from models.errors import UserError
 from models.randomness import seed_for, split_images
-from pipeline import artefacts, cli
+from pipeline import artefacts, cli, distributed
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 
 PAPER_LAYERS = 6  # layers that the paper trains jointly, over which its loss is the mean
 VALIDATION_BATCH = 16
+PRECISIONS = ("float32", "bfloat16")
 LOG_COLUMNS = (
     "layer",
     "iteration",
@@ -78,20 +83,55 @@ def default_decays(iterations: int) -> tuple[int, ...]:
 
 
 def update(
-    layers: "Mapping[str, LayerModel]", projected: "Mapping[str, torch.Tensor]", optimizer: "MomentumSGD"
+    layers: "Mapping[str, LayerModel]",
+    projected: "Mapping[str, torch.Tensor]",
+    optimizer: "MomentumSGD",
+    *,
+    part: float = 1.0,
+    precision: str = "float32",
 ) -> dict[str, float]:
     """One update on projected features (N, D, H, W) by layer; returns the losses before it.
 
     The loss is the mean over the layers given. Each layer's part is differentiated by itself: they share nothing.
+    Of several ranks each gives its share of the batch (N may be 0), and all make the update of the whole batch.
+
+    Args:
+        part: this rank's images over the whole batch's.
+        precision: of the products; sums, losses, gradients and weights are float32 or better.
     """
+    import torch
+
     optimizer.zero_grad()
-    losses = {}
+    gradients, losses = distributed.GradientSum(), []
     for name, p in projected.items():
-        loss = layers[name].loss(p)
-        losses[name] = loss.item()
-        (loss / len(projected)).backward()
+        losses.append(0.0)
+        if len(p):
+            with torch.autocast(p.device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext():
+                loss = layers[name].loss(p) * part
+            losses[-1] = loss.item()
+            (loss / len(projected)).backward()
+        gradients.start([w for w in layers[name].parameters() if w.requires_grad])
+    gradients.finish()
     optimizer.step()
-    return losses
+    whole = distributed.add_up(torch.tensor(losses, dtype=torch.float64))
+    return dict(zip(projected, whole.tolist(), strict=True))
+
+
+def check_precision(precision: str, device: "torch.device") -> None:
+    """Raise a UserError where a device cannot train an LSTM in a precision."""
+    import torch
+
+    from models.vlm import LayerModel
+
+    if precision == "float32":
+        return
+    try:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = LayerModel(16).to(device).loss(torch.ones(1, 16, 3, 3, device=device))
+        loss.backward()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--precision {precision} does not work on {device} ({reason}): use float32") from None
 
 
 def read_batch(features: np.ndarray, images: np.ndarray, device: object) -> "torch.Tensor":
@@ -101,20 +141,20 @@ def read_batch(features: np.ndarray, images: np.ndarray, device: object) -> "tor
     return torch.from_numpy(features[images]).to(device, torch.float32).permute(0, 3, 1, 2)
 
 
-def validate(layer: "LayerModel", features: np.ndarray, images: np.ndarray, device: object) -> dict[str, float]:
-    """Mean loss of the model and of the trivial predictors on some images."""
+def validate(layer: "LayerModel", features: np.ndarray, rows: np.ndarray, device: object) -> dict[str, float]:
+    """Mean loss of the model and of the trivial predictors on some rows; ranks share the work."""
     import torch
 
-    from models.vlm import trivial_losses
+    from models.vlm import TRIVIAL_PREDICTORS, trivial_losses
 
-    sums: dict[str, float] = {}
+    sums = dict.fromkeys(("model", *TRIVIAL_PREDICTORS), 0.0)
     with torch.no_grad():
-        for start in range(0, len(images), VALIDATION_BATCH):
-            chosen = images[start : start + VALIDATION_BATCH]
+        for start in distributed.share(range(0, len(rows), VALIDATION_BATCH)):
+            chosen = rows[start : start + VALIDATION_BATCH]
             p = read_batch(features, chosen, device)
             for name, value in {"model": layer.loss(p).item(), **trivial_losses(p)}.items():
-                sums[name] = sums.get(name, 0.0) + value * len(chosen)
-    return {name: value / len(images) for name, value in sums.items()}
+                sums[name] += value * len(chosen)
+    return {name: distributed.total(value) / len(rows) for name, value in sums.items()}
 
 
 class Run:
@@ -123,7 +163,9 @@ class Run:
     Args:
         vlm: the model, initialised.
         features: stored features by layer.
-        facts: everything that determines the result; a state with other facts is refused.
+        configuration: what the checkpoint says of its inputs; with the schedule it determines the result, and a
+            state of other inputs or another schedule is refused.
+        precision: of `update`.
     """
 
     def __init__(
@@ -135,11 +177,13 @@ class Run:
         schedule: Schedule,
         configuration: artefacts.Facts,
         held_out: int,
-        device: object,
+        device: "torch.device",
+        precision: str = "float32",
     ):
         from models.optimizer import MomentumSGD
 
-        self.root, self.out, self.features, self.schedule, self.device = root, out, features, schedule, device
+        self.root, self.out, self.features, self.schedule = root, out, features, schedule
+        self.device, self.precision = device, precision
         self.vlm = vlm.to(device)
         self.names = list(features)
         self.views = configuration["training"].get("views", 1)
@@ -148,6 +192,10 @@ class Run:
         self.watched = self.held if len(self.held) else self.training[:VALIDATION_BATCH]
         self.configuration = configuration
         self.facts = {**configuration["training"], **asdict(schedule), "held_out": len(self.held)}
+        if precision != "float32":
+            self.facts["precision"] = precision
+        inputs = ("backbone", "weights_sha256", "projection_sha256")
+        self.inputs = {key: configuration[key] for key in inputs}
         self.state = root / "train_state" / f"{'-'.join(self.names)}.safetensors"
         trained = [p for name in self.names for p in self.vlm.layers[name].parameters() if p.requires_grad]
         self.optimizer = MomentumSGD(trained, schedule.learning_rate, schedule.momentum)
@@ -156,33 +204,58 @@ class Run:
         self.losses: dict[str, list[float]] = {name: [] for name in self.names}
 
     def resume(self, overwrite: bool) -> None:
-        """Take up the state that an earlier run of the same facts left."""
+        """Take up the state that an earlier run of the same facts left.
+
+        Raises:
+            UserError: the state, or the checkpoint to write to, is of other facts or another projection.
+        """
         import torch
 
-        from models.checkpoints import read_tensors
-
-        if overwrite:
-            self.state.unlink(missing_ok=True)
-        if not self.state.is_file():
+        found = distributed.first(lambda: self._read_state(overwrite))
+        if found is None:
             return
-        tensors, noted = read_tensors(self.state)
-        found, done = noted.get("facts", {}), noted["iteration"]
-        if changed := self._conflicts(found, done):
-            raise UserError(
-                f"{self.state} was made otherwise ({'; '.join(changed)}): use --overwrite or another --root"
-            )
+        tensors, noted = found
         with torch.no_grad():
             for i, (p, v) in enumerate(zip(self.optimizer.parameters, self.optimizer.velocities, strict=True)):
                 p.copy_(tensors[f"parameter.{i}"])
                 v.copy_(tensors[f"velocity.{i}"])
         self.iteration, self.log, self.losses = noted["iteration"], noted["log"], noted["losses"]
 
+    def _read_state(self, overwrite: bool) -> "tuple[dict[str, torch.Tensor], dict] | None":
+        """Tensors and notes of the state, if there is one; with `overwrite` it is removed."""
+        from models.checkpoints import read_tensors
+
+        if overwrite:
+            artefacts.discard(self.state)
+        elif self.out.is_file():
+            check_projection(self.out, read_tensors(self.out)[1], self.configuration)
+        if not self.state.is_file():
+            return None
+        tensors, noted = read_tensors(self.state)
+        if changed := self._conflicts(noted.get("facts", {}), noted["iteration"]):
+            raise UserError(
+                f"{self.state} was made otherwise ({'; '.join(changed)}): use --overwrite or another --root"
+            )
+        return tensors, noted
+
     def _conflicts(self, found: artefacts.Facts, done: int) -> list[str]:
         """What keeps a state from being continued. More iterations and later decays do not: its past is the same."""
+        usual = {"views": 1, "random_crop": False, "flip": False, "precision": "float32"}
+        found, wanted = {**usual, **self.inputs, **found}, {**usual, **self.facts, **self.inputs}
         past = [at for at in self.schedule.decay_at if at < done]
         if self.schedule.iterations >= done and [at for at in found.get("decay_at", []) if at < done] == past:
             found = {**found, "iterations": self.schedule.iterations, "decay_at": self.schedule.decay_at}
-        return artefacts.differences(json.loads(json.dumps(found)), self.facts)
+        return artefacts.differences(json.loads(json.dumps(found)), wanted)
+
+    def is_finished(self) -> bool:
+        """Whether all updates are made, and the checkpoint and everything beside it holds them."""
+        sidecar = artefacts.sidecar_path(self.out)
+        if self.iteration < self.schedule.iterations or not self.out.is_file() or not sidecar.is_file():
+            return False
+        noted = artefacts.read_json(sidecar)
+        described = json.loads(json.dumps(self.describe()["training"]))
+        whole = noted.get("sha256") == artefacts.file_sha256(self.out)
+        return whole and all(noted.get("training", {}).get(name) == facts for name, facts in described.items())
 
     def train(self, log_every: int, checkpoint_every: int) -> None:
         """Run the remaining updates.
@@ -192,20 +265,10 @@ class Run:
         """
         schedule = self.schedule
         interval_start, interval_first = time.monotonic(), self.iteration
-        with cli.Progress(schedule.iterations, f"training {' '.join(self.names)}", "it", self.iteration) as progress:
+        progress = cli.Progress(schedule.iterations, f"training {' '.join(self.names)}", "it", self.iteration)
+        with progress, cli.SafePoints() as signals:
             while self.iteration < schedule.iterations:
-                i = self.iteration
-                if i and schedule.rate(i) != schedule.rate(i - 1):
-                    self.optimizer.reset_momentum()
-                self.optimizer.lr = schedule.rate(i)
-                images = schedule.batch(i, self.training, self.views, self.count)
-                batch = {name: read_batch(f, images, self.device) for name, f in self.features.items()}
-                losses = update(self.vlm.layers, batch, self.optimizer)
-                if not all(math.isfinite(loss) for loss in losses.values()):
-                    raise UserError(self._diverged(i, losses))
-                for name, loss in losses.items():
-                    self.losses[name].append(loss)
-                self.iteration += 1
+                losses = self.step()
                 progress.update(note=f"loss {sum(losses.values()) / len(losses):.4f}")
                 last = self.iteration == schedule.iterations
                 if self.iteration % log_every == 0 or last:
@@ -214,6 +277,26 @@ class Run:
                     interval_start, interval_first = time.monotonic(), self.iteration
                 if self.iteration % checkpoint_every == 0 or last:
                     self.save()
+                signals.check(self.save, distributed.total(signals.caught is not None) > 0)
+
+    def step(self) -> dict[str, float]:
+        """One update, of which each rank computes its share of the images; returns the losses by layer."""
+        schedule, i = self.schedule, self.iteration
+        if i and schedule.rate(i) != schedule.rate(i - 1):
+            self.optimizer.reset_momentum()
+        self.optimizer.lr = schedule.rate(i)
+        rows = schedule.batch(i, self.training, self.views, self.count)
+        mine = np.array_split(rows, distributed.size())[distributed.rank()]
+        batch = {name: read_batch(f, mine, self.device) for name, f in self.features.items()}
+        part = len(mine) / len(rows)
+        losses = update(self.vlm.layers, batch, self.optimizer, part=part, precision=self.precision)
+        if not all(math.isfinite(loss) for loss in losses.values()):
+            message = self._diverged(i, losses)
+            raise UserError(message) if distributed.rank() == 0 else distributed.ElsewhereError(message)
+        for name, loss in losses.items():
+            self.losses[name].append(loss)
+        self.iteration += 1
+        return losses
 
     def _diverged(self, iteration: int, losses: dict[str, float]) -> str:
         worst = ", ".join(name for name, loss in losses.items() if not math.isfinite(loss))
@@ -241,39 +324,24 @@ class Run:
             )
 
     def save(self) -> None:
-        """Write the state, then merge the layers into the checkpoint, the log and the picture."""
-        from models.checkpoints import write_tensors
+        """Write the state, then merge the layers into the checkpoint, the log and the picture; rank 0 alone does."""
+        distributed.first(self._save)
 
+    def _save(self) -> None:
         tensors = {f"parameter.{i}": p for i, p in enumerate(self.optimizer.parameters)}
         tensors |= {f"velocity.{i}": v for i, v in enumerate(self.optimizer.velocities)}
-        noted = {"facts": self.facts, "iteration": self.iteration, "log": self.log, "losses": self.losses}
-        with artefacts.atomic_path(self.state) as temporary:
-            write_tensors(temporary, tensors, noted)
+        facts = {**self.facts, **self.inputs}
+        noted = {"facts": facts, "iteration": self.iteration, "log": self.log, "losses": self.losses}
+        artefacts.write_tensors(self.state, tensors, noted)
         self.merge()
 
     def merge(self) -> None:
         """Put this run's layers into the workspace's checkpoint, beside those of other runs, even concurrent ones."""
-        from filelock import FileLock
+        from models.checkpoints import vlm_tensors
 
-        with FileLock(self.root / "train_state" / "merge.lock"):
-            self._merge()
-
-    def _merge(self) -> None:
-        from models.checkpoints import merge_layers, read_tensors, vlm_tensors, write_tensors
-        from pipeline.figures import loss_curves
-
-        tensors, configuration = vlm_tensors(self.vlm), self.describe()
-        if self.out.is_file():
-            earlier, noted = read_tensors(self.out)
-            if noted.get("projection_sha256") == configuration["projection_sha256"]:
-                tensors = merge_layers(earlier, tensors, self.names)
-                configuration["training"] = noted["training"] | configuration["training"]
-        configuration["layers"] = [n for n in configuration["all_layers"] if n in configuration["training"]]
-        with artefacts.atomic_path(self.out) as temporary:
-            write_tensors(temporary, tensors, configuration)
-        artefacts.write_json(artefacts.sidecar_path(self.out), {**configuration, "versions": cli.versions()})
-        log = merge_log(self.root / "log.csv", self.log, self.names)
-        loss_curves(log, self.root / "figures" / "loss.png")
+        with merging(self.root):
+            log = merge_log(self.root / "log.csv", self.log, self.names)
+            merge_checkpoint(self.out, vlm_tensors(self.vlm), self.describe(), log, self.root / "figures" / "loss.png")
 
     def describe(self) -> artefacts.Facts:
         """Configuration of the checkpoint with the training facts of this run's layers."""
@@ -281,6 +349,51 @@ class Run:
         facts = self.facts | {"iterations_done": self.iteration}
         training = {name: {**facts, "losses": last.get(name)} for name in self.names}
         return {**self.configuration, "training": training}
+
+
+@contextmanager
+def merging(root: Path) -> Iterator[None]:
+    """Wait until no other process merges layers in a workspace, then keep others out."""
+    from filelock import FileLock
+
+    folder = root / "train_state"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "merge.lock"):
+        yield
+
+
+def merge_checkpoint(
+    out: Path, tensors: "Mapping[str, torch.Tensor]", configuration: artefacts.Facts, log: list[list], picture: Path
+) -> None:
+    """Put the layers of `configuration["training"]` into the checkpoint `out`, beside those it holds already.
+
+    A checkpoint of another projection is replaced (`check_projection` refused it before the training). The sidecar,
+    which states the sha256 of the checkpoint, comes last.
+    """
+    from models.checkpoints import merge_layers, read_tensors
+    from pipeline.figures import loss_curves
+
+    training = configuration["training"]
+    if out.is_file():
+        earlier, noted = read_tensors(out)
+        if noted.get("projection_sha256") == configuration["projection_sha256"]:
+            tensors = merge_layers(earlier, tensors, list(training))
+            training = noted["training"] | training
+    layers = [name for name in configuration["all_layers"] if name in training]
+    configuration = {**configuration, "training": {name: training[name] for name in layers}, "layers": layers}
+    artefacts.write_tensors(out, tensors, configuration)
+    loss_curves(log, picture)
+    described = {**configuration, "sha256": artefacts.file_sha256(out), "versions": cli.versions()}
+    artefacts.write_json(artefacts.sidecar_path(out), described)
+
+
+def check_projection(path: Path, noted: artefacts.Facts, wanted: artefacts.Facts) -> None:
+    """Raise a UserError if the layers of a checkpoint stand on another projection than `wanted`."""
+    if changed := artefacts.differences(noted, {key: wanted[key] for key in ("backbone", "projection_sha256")}):
+        raise UserError(
+            f"{path} is of another projection ({'; '.join(changed)}): use another --root or --out, or --overwrite "
+            "to replace it"
+        )
 
 
 def merge_log(path: Path, lines: list[list], names: list[str]) -> list[list]:
@@ -333,6 +446,13 @@ def get_parser() -> cli.Parser:
     parser.add_argument("--features", type=cli.folder, help="folder of stage 2 (default: ROOT/features)")
     parser.add_argument("--out", type=cli.writable_file, help="checkpoint to write (default: ROOT/vlm.safetensors)")
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to train now (default: all extracted)")
+    parser.add_argument(
+        "--merge",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="train nothing: add the layers of checkpoints that were trained elsewhere on the same projection",
+    )
     parser.add_argument("--iterations", type=cli.positive, default=20_001, help="updates (original code: 20001)")
     parser.add_argument("--batch-size", type=cli.positive, default=16, help="images (paper: 16 AlexNet, 1 VGG)")
     parser.add_argument(
@@ -351,6 +471,12 @@ def get_parser() -> cli.Parser:
     )
     parser.add_argument("--decay-factor", type=cli.positive_number, default=0.1, help="paper: 0.1")
     parser.add_argument("--held-out", type=cli.natural, default=50, help="images for the validation loss (paper: none)")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="bfloat16: mixed precision, for CUDA and CPUs that have it (paper: float32)",
+    )
     parser.add_argument("--log-every", type=cli.positive, default=100, help="updates between log lines")
     parser.add_argument("--checkpoint-every", type=cli.positive, default=1000, help="original code: 1000")
     return parser
@@ -359,7 +485,21 @@ def get_parser() -> cli.Parser:
 def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
     args = cli.parse_args(get_parser(), argv, "train_vlm")
-    features, tensors, facts = open_features(args.features or args.root / "features", args.layers)
+    args.out = args.out or args.root / "vlm.safetensors"
+    if args.merge:
+        cli.announce(args)
+        with artefacts.claim(args.out):
+            merge_files(args.merge, args.out, args.root, args.overwrite)
+        return
+    device = cli.pick_device(args.device)
+    with distributed.group(device):
+        features, tensors, facts = open_features(args.features or args.root / "features", args.layers)
+        with artefacts.claim(*(args.root / "train_state" / name for name in features)):
+            train(args, features, tensors, facts, device)
+
+
+def train(args, features: dict[str, np.ndarray], tensors: dict, facts: dict, device: "torch.device") -> None:
+    """Train the layers of `features` as the options say, from where an earlier run stopped."""
     if args.learning_rate is None:
         args.learning_rate = args.joint_learning_rate * len(features) / PAPER_LAYERS
     decays = default_decays(args.iterations) if args.decay_at is None else tuple(sorted(args.decay_at))
@@ -372,26 +512,57 @@ def main(argv: list[str] | None = None) -> None:
         args.decay_factor,
         args.seed,
     )
-    device = cli.pick_device(args.device)
     cli.announce(args, device)
+    check_precision(args.precision, device)
     run = Run(
         args.root,
-        args.out or args.root / "vlm.safetensors",
+        args.out,
         build_model(tensors, list(features), args.seed),
         features,
         schedule,
         describe_inputs(facts, features),
         args.held_out,
         device,
+        args.precision,
     )
     run.resume(args.overwrite)
-    if run.iteration == schedule.iterations and run.out.is_file():
-        print(f"{run.out}: {', '.join(features)} finished {run.iteration} iterations: nothing to do")
-        return
-    if run.iteration:
+    if run.iteration == schedule.iterations:
+        if distributed.first(run.is_finished):
+            print(f"{run.out}: {', '.join(features)} finished {run.iteration} iterations: nothing to do")
+            return
+        distributed.first(run.merge)
+    elif run.iteration:
         print(f"going on after iteration {run.iteration}")
     run.train(args.log_every, args.checkpoint_every)
     print(f"{run.out}: {', '.join(features)} trained for {run.iteration} iterations")
+
+
+def merge_files(files: list[Path], out: Path, root: Path, overwrite: bool) -> None:
+    """Add the layers of other checkpoints, trained on the same projection, to `out`; what is there stays.
+
+    Raises:
+        UserError: another projection, or a layer that two of the files hold with other weights (`overwrite`: the
+            last one counts).
+    """
+    import torch
+
+    from models.checkpoints import load_vlm, read_tensors, vlm_tensors
+
+    for path in files:
+        vlm, configuration = load_vlm(path)
+        with merging(root):
+            if out.is_file():
+                earlier, noted = read_tensors(out)
+                check_projection(path, configuration, noted)
+                for name, value in () if overwrite else vlm_tensors(vlm).items():
+                    if name in earlier and not torch.equal(earlier[name], value):
+                        raise UserError(
+                            f"{path} and {out} hold other weights of {name.split('.')[0]}: "
+                            "use --overwrite to take the former"
+                        )
+            log = merge_log(root / "log.csv", [], [])
+            merge_checkpoint(out, vlm_tensors(vlm), configuration, log, root / "figures" / "loss.png")
+        print(f"{out}: {', '.join(vlm.layers)} of {path}")
 
 
 def build_model(tensors: dict, layers: list[str], seed: int) -> "VisualLanguageModel":

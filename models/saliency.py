@@ -10,9 +10,8 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, from_numpy
 
 from models.backbones import Backbone
-from models.vlm import VisualLanguageModel
-
 from models.errors import UserError
+from models.vlm import VisualLanguageModel
 
 POWER = 0.5  # original code
 BLUR = 0.03  # original code, of the image's height and width

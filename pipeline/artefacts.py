@@ -4,42 +4,130 @@ An artefact `x.npy` is written as `x.npy.partial`, flushed and renamed; then `x.
 made it. No sidecar means not finished. Facts are plain JSON values.
 """
 
+import errno
+import glob
 import hashlib
 import io
 import json
 import os
+import platform
+import shlex
 import shutil
+import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from models.errors import UserError
+from pipeline import distributed
+
+if TYPE_CHECKING:
+    import torch
 
 PARTIAL = ".partial"
 PROGRESS = ".progress"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: numpy reports a short write without a number
 Facts = dict[str, Any]
 
 
+class NoRoomError(UserError):
+    """The disk, or the user's part of it, is full."""
+
+
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, on disk, once the block has ended well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def atomic_path(path: Path, size: int | None = None) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place, on disk, once the block has ended well.
+
+    Args:
+        size: bytes that will be written, where that is known, to say so where they do not fit.
+
+    Raises:
+        NoRoomError: the disk is full, or the user's quota; what stood at `path` is intact.
+    """
     temporary = path.with_name(path.name + PARTIAL)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         commit(temporary, path)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise NoRoomError(_no_room(path, temporary, size, error)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _no_room(path: Path, temporary: Path, size: int | None, error: OSError) -> str:
+    """What to say when `temporary`, which was to become `path`, could not be written."""
+    written = getattr(temporary.stat(), "st_blocks", 0) * 512 if temporary.is_file() else 0
+    free = shutil.disk_usage(next(p for p in path.absolute().parents if p.is_dir())).free + written
+    needed = f"needs {format_bytes(size)}" if size is not None else f"needs more than {format_bytes(written)}"
+    return (
+        f"{path} {needed} and its disk has {format_bytes(free)} free ({error.strerror or 'short write'}): "
+        "make room and run the same command again"
+    )
+
+
+@contextmanager
+def claim(*paths: Path) -> Iterator[None]:
+    """Keep other processes from making the same artefacts (files, or folders of them) during a block.
+
+    The lock is the operating system's, on an empty hidden file beside each path: it ends with the process that
+    holds it, however that ends, so a stale one cannot exist. The file itself stays (removing it would let two
+    processes lock two files of one name). Of several ranks the first claims for all.
+
+    Raises:
+        UserError: another process works on one of `paths`; the line names it.
+    """
+    with ExitStack() as stack:
+        distributed.first(lambda: [stack.enter_context(_locked(path)) for path in sorted(paths)] and None)
+        yield
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    from filelock import FileLock, SoftFileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"{path} is being written by {_holder(file)}: wait for it, or use another --root") from None
+    noted = not isinstance(lock, SoftFileLock)  # that one, for disks without locks, keeps its own notes in the file
+    since, command = time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.argv)
+    try:
+        if noted:
+            _note(file, f"process {os.getpid()} on {platform.node()} since {since} ({command})")
+        yield
+    finally:
+        if noted:
+            _note(file, "")
+        lock.release()
+
+
+def _note(file: Path, text: str) -> None:
+    with suppress(OSError):  # a full disk must not keep the lock from being released
+        file.write_text(text, encoding="utf-8")
+
+
+def _holder(file: Path) -> str:
+    """Which process holds a lock, as far as it can be read."""
+    try:
+        return " ".join(file.read_text(encoding="utf-8").split()) or "another process"
+    except (OSError, UnicodeDecodeError):
+        return "another process"
 
 
 def commit(temporary: Path, path: Path) -> None:
     """Flush `temporary` to disk and rename it to `path`."""
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
-    temporary.chmod(0o666 & ~_umask())  # safetensors creates files that only the user may read
     temporary.replace(path)
     if os.name == "posix":  # the rename itself must survive a power cut
         folder = os.open(path.parent, os.O_RDONLY)
@@ -47,16 +135,15 @@ def commit(temporary: Path, path: Path) -> None:
         os.close(folder)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
+    with atomic_path(path, len(content)) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -66,8 +153,28 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write a `.npy` file atomically."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path, array.nbytes) as temporary, temporary.open("wb") as file:
         np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", configuration: Facts) -> None:
+    """Write a safetensors file atomically, as `models.checkpoints.write_tensors`."""
+    from models import checkpoints
+
+    with atomic_path(path, sum(t.numel() * t.element_size() for t in tensors.values())) as temporary:
+        checkpoints.write_tensors(temporary, tensors, configuration)
+
+
+def discard(path: Path) -> None:
+    """Remove a state file, its temporary one, and those that other ranks left, `path`-<rank>of<size>."""
+    for file in path.parent.glob(f"{glob.escape(path.name)}*"):
+        file.unlink(missing_ok=True)
+
+
+def rank_path(path: Path) -> Path:
+    """Where this rank notes its part of a state: `path` itself in a single process."""
+    count = distributed.size()
+    return path if count == 1 else path.with_name(f"{path.name}-{distributed.rank()}of{count}")
 
 
 def sidecar_path(artefact: Path) -> Path:
@@ -114,19 +221,29 @@ def is_finished(artefact: Path, facts: Facts, overwrite: bool) -> bool:
     """Whether an artefact with exactly these facts already stands.
 
     With `overwrite`, or where it is unfinished, the old sidecar is removed, so that what follows cannot be
-    mistaken for it.
+    mistaken for it. What an earlier run left half-written goes with `overwrite`, and beside a finished artefact.
 
     Raises:
         UserError: a finished artefact with other facts stands there.
     """
     sidecar = sidecar_path(artefact)
+    if overwrite:
+        discard_partial(artefact)
     if overwrite or not artefact.is_file() or not sidecar.is_file():
         sidecar.unlink(missing_ok=True)
         return False
     found = read_json(sidecar)
     if changed := differences(found if isinstance(found, dict) else {}, facts):
         raise UserError(f"{artefact} was made otherwise ({'; '.join(changed)}): use --overwrite or another folder")
+    discard_partial(artefact)
     return True
+
+
+def discard_partial(artefact: Path) -> None:
+    """Remove what a killed run left beside an artefact that is finished, or is to be made afresh."""
+    for path in (artefact, sidecar_path(artefact)):
+        path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
+    discard(artefact.with_name(artefact.name + PROGRESS))
 
 
 def open_array(path: Path, made_by: str) -> tuple[np.ndarray, Facts]:
@@ -149,11 +266,11 @@ def open_array(path: Path, made_by: str) -> tuple[np.ndarray, Facts]:
 
 
 def check_disk(folder: Path, needed: int) -> None:
-    """Raise a UserError if the disk of `folder` has less than `needed` bytes free."""
+    """Raise a NoRoomError if the disk of `folder` has less than `needed` bytes free."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(
+        raise NoRoomError(
             f"{folder} needs {format_bytes(needed)} and its disk has {format_bytes(free)} free: "
             "make room, use fewer images or layers, --dtype float16, or another --root"
         )
@@ -181,58 +298,79 @@ class ArrayWriter:
     """A `.npy` file written row by row through a memory map, which survives being killed.
 
     Rows that were reported with `mark` before the kill are kept: a writer opened again with the same facts goes on
-    from there.
+    from there. Several ranks open it together, each for its own rows; they go on if each of them can.
 
     Args:
         path: the artefact.
         shape, dtype: of the whole array; rows are its first axis.
         facts: what makes it; a partial file with other facts is discarded.
+        rows: first and last+1 row that this process writes (default: all).
+
+    Raises:
+        NoRoomError: the file does not fit on the disk.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: str, facts: Facts):
+    def __init__(
+        self, path: Path, shape: tuple[int, ...], dtype: str, facts: Facts, rows: tuple[int, int] | None = None
+    ):
         self.path = path
         self.partial = path.with_name(path.name + PARTIAL)
         self.progress = path.with_name(path.name + PROGRESS)
         self.facts = {"shape": list(shape), "dtype": str(np.dtype(dtype)), **facts}
-        self.done = 0
+        self.done, self.stop = rows or (0, shape[0])
         self.state: Facts = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._resume():
-            self.progress.unlink(missing_ok=True)
-            self.array = np.lib.format.open_memmap(self.partial, mode="w+", dtype=dtype, shape=shape)
-
-    def _resume(self) -> bool:
-        if not (self.partial.is_file() and self.progress.is_file()):
-            return False
-        try:
-            noted = read_json(self.progress)
-            if noted["facts"] != self.facts:
-                return False
-            self.array = np.load(self.partial, mmap_mode="r+", allow_pickle=False)
-            if list(self.array.shape) != self.facts["shape"] or str(self.array.dtype) != self.facts["dtype"]:
-                return False
+        noted = self._resumable()
+        if distributed.all_agree(noted is not None):
             self.done, self.state = int(noted["done"]), dict(noted["state"])
-        except (UserError, ValueError, OSError, KeyError, TypeError):
-            return False
-        return True
+        else:
+            distributed.first(lambda: self._create(shape, dtype))
+        self.array = np.load(self.partial, mmap_mode="r+", allow_pickle=False)
+
+    def _resumable(self) -> Facts | None:
+        """What an earlier run noted of its progress, where its partial file can be continued."""
+        try:
+            noted = read_json(rank_path(self.progress))
+            array = np.load(self.partial, mmap_mode="r", allow_pickle=False)
+            fits = list(array.shape) == self.facts["shape"] and str(array.dtype) == self.facts["dtype"]
+            fits &= noted["facts"] == self.facts and {"done", "state"} <= noted.keys()
+        except (UserError, ValueError, OSError, EOFError, KeyError, TypeError):
+            return None
+        return noted if fits else None
+
+    def _create(self, shape: tuple[int, ...], dtype: str) -> None:
+        discard(self.progress)
+        try:
+            array = np.lib.format.open_memmap(self.partial, mode="w+", dtype=dtype, shape=shape)
+            reserve(self.partial, array.offset + array.nbytes)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            message = _no_room(self.path, self.partial, int(np.prod(shape)) * np.dtype(dtype).itemsize, error)
+            self.partial.unlink(missing_ok=True)
+            raise NoRoomError(message) from None
 
     def mark(self, done: int, **state: Any) -> None:
-        """Record on disk that the first `done` rows are final, with any other JSON state."""
+        """Record on disk that this process's rows before `done` are final, with any other JSON state."""
         self.array.flush()
-        write_json(self.progress, {"done": done, "facts": self.facts, "state": state})
+        write_json(rank_path(self.progress), {"done": done, "facts": self.facts, "state": state})
 
     def finish(self, rows: int | None = None, **more: Any) -> None:
         """Turn the partial file into the artefact, cut to its first `rows`, and write its sidecar.
 
-        `more` are further facts, known only now.
+        `more` are further facts, known only now. Waits for all ranks.
         """
         self.array.flush()
+        distributed.all_agree(True)
         if rows is not None and rows < len(self.array):
             self._cut(rows)
         del self.array
+        distributed.first(lambda: self._complete(more))
+
+    def _complete(self, more: Facts) -> None:
         commit(self.partial, self.path)
         write_json(sidecar_path(self.path), {**self.facts, **more})
-        self.progress.unlink(missing_ok=True)
+        discard(self.progress)
 
     def _cut(self, rows: int) -> None:
         """Shorten the partial file; numpy pads its header so that another row count fits in its place."""
@@ -251,6 +389,18 @@ class ArrayWriter:
             file.write(header.getvalue())
             file.truncate(size)
         self.facts["shape"] = list(shape)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Take `size` bytes of the disk for a file now: on a full one a memory map would kill the process later."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with path.open("rb+") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
 
 
 def hash_rows(array: np.ndarray) -> str:

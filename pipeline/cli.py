@@ -5,6 +5,7 @@ Nothing here imports torch before it is needed, so that `--help` answers at once
 
 import argparse
 import errno
+import hashlib
 import io
 import os
 import platform
@@ -12,6 +13,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from models.errors import UserError
+from pipeline import distributed
 from pipeline.presets import PRESETS
 
 LINE_INTERVAL = 20.0  # seconds between progress lines where there is no terminal
@@ -28,7 +31,7 @@ LARGEST_NUMBER = 3.4e38  # float32's
 # What goes wrong with a path that the user chose or can mend; other numbers are bugs.
 USERS_ERRORS = {
     getattr(errno, name)
-    for name in "ENOSPC EDQUOT EACCES EPERM EROFS EISDIR ENOTDIR EEXIST ENAMETOOLONG ELOOP EIO".split()
+    for name in "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS EISDIR ENOTDIR EEXIST ENAMETOOLONG ELOOP EIO".split()
 }
 
 
@@ -242,6 +245,14 @@ def load_backbone(args: argparse.Namespace, name: str, layers: list[str], device
     return backbone.to(device), weights
 
 
+def weights_facts(backbone: Any, weights: Any) -> dict[str, str]:
+    """What a sidecar states of the CNN's weights, and of the mean image where there is one."""
+    facts = {"weights_sha256": weights.sha256}
+    if backbone.mean_image is not None:
+        facts["mean_image_sha256"] = hashlib.sha256(backbone.mean_image.cpu().numpy().tobytes()).hexdigest()
+    return facts
+
+
 def replace(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
     """A copy of parsed arguments with some values changed."""
     return argparse.Namespace(**{**vars(args), **changes})
@@ -270,6 +281,10 @@ def pick_device(name: str):
         name = next(device for device, there in available.items() if there)
     if not available[name]:
         raise UserError(f"--device {name} is not available here: use --device auto or cpu")
+    if name == "cuda" and distributed.launched():
+        if distributed.local_rank() >= torch.cuda.device_count():
+            raise UserError(f"{torch.cuda.device_count()} CUDA devices are too few: lower --nproc-per-node to that")
+        return torch.device(name, distributed.local_rank())
     return torch.device(name)
 
 
@@ -278,7 +293,8 @@ def announce(args: argparse.Namespace, device: object = None) -> None:
     packages = " ".join(f"{name} {_version(name)}" for name in ("torch", "torchvision", "numpy", "pillow"))
     print(f"cnn-vlm {code_version()}, python {platform.python_version()}, {packages}", flush=True)
     if device is not None:
-        print(f"device: {device}, {os.cpu_count()} CPU cores", flush=True)
+        ranks = f", one of {distributed.size()} processes" if distributed.size() > 1 else ""
+        print(f"device: {device}, {os.cpu_count()} CPU cores{ranks}", flush=True)
     arguments = " ".join(f"{key}={_show(value)}" for key, value in sorted(vars(args).items()))
     print(f"arguments: {arguments}", flush=True)
 
@@ -330,8 +346,12 @@ class Progress:
         self.done = self.first = done
         self.started = self.printed = time.monotonic()
         self.bar = None
-        if sys.stderr.isatty() and total is not None:
+        if self._has_terminal() and total is not None:
             self._open_bar()
+
+    @staticmethod
+    def _has_terminal() -> bool:
+        return sys.stderr.isatty() and distributed.rank() == 0
 
     def _open_bar(self) -> None:
         from tqdm import tqdm
@@ -369,7 +389,7 @@ class Progress:
     def download(self, done: int, total: int | None) -> None:
         """The callback of `models.downloads.fetch`: `done` of `total` bytes are there."""
         self.total = total
-        if self.bar is None and sys.stderr.isatty():
+        if self.bar is None and self._has_terminal():
             self._open_bar()
         self.update(done - self.done)
 
@@ -394,11 +414,53 @@ def lacks_memory(error: Exception) -> bool:
     )
 
 
+class SafePoints:
+    """Holds Ctrl-C and SIGTERM back, so that they stop a loop only where its state is whole and can be saved.
+
+        with SafePoints() as signals:
+            for …:
+                …one step…
+                signals.check(save)
+
+    A second signal acts at once; what was saved before stands.
+    """
+
+    def __init__(self):
+        self.caught: int | None = None
+        self.earlier: dict[int, Any] = {}
+
+    def __enter__(self) -> "SafePoints":
+        if threading.current_thread() is threading.main_thread():
+            self.earlier = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if kind is None:
+            self.check()
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self.caught is not None:
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+        self.caught = number
+
+    def check(self, save: Callable[[], object] | None = None, everywhere: bool = False) -> None:
+        """If a signal came, here or (`everywhere`) to another rank: call `save`, then raise what it stands for."""
+        if self.caught is None and not everywhere:
+            return
+        number = self.caught
+        if save is not None:
+            save()
+        self.caught = None
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+
 def run(main: Callable[[], int | None]) -> int:
     """Run a script's `main` and turn what ends it into an exit code.
 
     0 success; 2 a user's mistake, in one line on stderr; 130 Ctrl-C and 143 SIGTERM, with a line on how to go on.
-    Other exceptions keep their traceback.
+    Other exceptions keep their traceback. Of several ranks one speaks.
     """
     name = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, _on_sigterm)
@@ -406,6 +468,8 @@ def run(main: Callable[[], int | None]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         return main() or 0
+    except distributed.ElsewhereError:
+        return 2
     except UserError as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -421,5 +485,11 @@ def run(main: Callable[[], int | None]) -> int:
         print(f"{name}: {LACKS_MEMORY}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Terminated) as stop:
-        print(f"\n{name}: interrupted; the same command goes on from the last saved state", file=sys.stderr)
+        if distributed.rank() == 0:
+            with_it = " without --overwrite" if "--overwrite" in sys.argv else ""
+            line_end = "\n" if sys.stderr.isatty() else ""  # the terminal shows ^C
+            print(
+                f"{line_end}{name}: interrupted; the same command{with_it} goes on from the last saved state",
+                file=sys.stderr,
+            )
         return 130 if isinstance(stop, KeyboardInterrupt) else 143

@@ -1,11 +1,12 @@
 """Pictures: loss curves, heat maps over photos, and the layouts of the figures."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.artefacts import atomic_path
+from pipeline.artefacts import write_bytes
 
 HEAT = "inferno"
 
@@ -19,8 +20,9 @@ def new_figure(width: float, height: float) -> Any:
 
 def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
     """Write a figure as PNG, atomically and without a time stamp, so that equal figures are equal files."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    write_bytes(path, buffer.getvalue())
 
 
 def loss_curves(log: list[list], path: Path) -> None:

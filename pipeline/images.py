@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from models.errors import UserError
-from pipeline.artefacts import atomic_path
+from pipeline.artefacts import write_bytes
 
 STORED_SIZE = 256  # side of the training images (paper's code)
 
@@ -109,8 +109,7 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     """Write (H, W) or (H, W, 3) uint8 as PNG, atomically."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
 def fit_to(rgb: np.ndarray, height: int, width: int) -> np.ndarray:

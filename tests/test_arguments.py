@@ -35,7 +35,7 @@ if sys.platform != "linux":
     pytest.skip("memory is limited and measured as Linux does it", allow_module_level=True)
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py"))
+SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "evaluate")  # of commands: see test_evaluate.py
 WRITTEN = {"root", "cache"}  # folders that need not exist, beside those of the writable types
 NO_NUMBERS = ["", " ", "nonsense", "nan", "inf", "-1", "-0.5", "1e400", "1;2", "0x10"]
 NO_PATHS = ["", " ", "nonsense", "-1"]

@@ -90,7 +90,7 @@ def test_total_variation_weight_grows_with_depth() -> None:
     for tap, weight in by_tap.items():
         assert penalties_for("tv", tap) == {"tv": weight, "l6": 8e-10}
     assert penalties_for("none", "pool5") == {}
-    assert learning_rate_for("tv", "vgg16", "pool5") == pytest.approx(0.004 * IMAGE_NORM**2)
+    assert learning_rate_for("tv") == pytest.approx(0.004 * IMAGE_NORM**2)
 
 
 def test_mahendran_updates_equal_their_form(alexnet: Backbone) -> None:
@@ -100,9 +100,7 @@ def test_mahendran_updates_equal_their_form(alexnet: Backbone) -> None:
     target = alexnet(alexnet.from_pixels(other), ["conv3"])["conv3"]
     loss = losses.ReconstructionLoss(alexnet, "conv3", target, None, None, penalties=penalties_for("tv", "conv3"))
     ours = x.clone().requires_grad_()
-    reconstruct.descend(
-        loss, ours, MomentumSGD([ours], learning_rate_for("tv", "alexnet", "conv3")), 3, lambda *_: None
-    )
+    reconstruct.descend(loss, ours, MomentumSGD([ours], learning_rate_for("tv")), 3, lambda *_: None)
     velocity = torch.zeros_like(x)
     for _ in range(3):
         x = x.detach().requires_grad_()

@@ -1,0 +1,187 @@
+"""Several processes as one: `torchrun --nproc-per-node=K script.py …` starts them, PyTorch carries what they exchange.
+
+Plain `python script.py` is rank 0 of 1; nothing here imports torch then. gloo connects CPUs, NCCL connects CUDA
+devices; tensors on the CPU travel by gloo in both cases.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from models.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+PATIENCE = timedelta(hours=6)  # one rank may wait so long for the slowest, e.g. while rank 0 fits and writes
+
+
+class ElsewhereError(UserError):
+    """A user's mistake that another rank found, and reports."""
+
+
+def launched() -> bool:
+    """Whether torchrun, or something that sets the same variables, started this process beside others."""
+    return all(name in os.environ for name in VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def local_rank() -> int:
+    """Number of this process on its machine, from 0."""
+    return int(os.environ["LOCAL_RANK"]) if launched() else 0
+
+
+def _joined() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def rank() -> int:
+    """Number of this process among all, from 0; 0 outside `group`."""
+    return sys.modules["torch"].distributed.get_rank() if _joined() else 0
+
+
+def size() -> int:
+    """How many processes work together; 1 outside `group`."""
+    return sys.modules["torch"].distributed.get_world_size() if _joined() else 1
+
+
+@contextmanager
+def group(device: "torch.device") -> Iterator[None]:
+    """Join the other ranks for a block; ranks above 0 print nothing in it. No effect in a single process."""
+    if not launched():
+        yield
+        return
+    import torch
+    from torch import distributed
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    if rank() == 0:
+        yield
+    else:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+            yield
+    # not after an exception: ranks that still wait for this one would make it wait too; torchrun ends them
+    distributed.destroy_process_group()
+
+
+def first(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 only; what it returns (plain values, arrays, tensors) comes back on every rank.
+
+    Raises:
+        UserError: what the function raised, on every rank.
+    """
+    if size() == 1:
+        return function()
+    from torch import distributed
+
+    message: list[Any] = [None]
+    error = None
+    if rank() == 0:
+        try:
+            message = [(function(), None)]
+        except UserError as raised:
+            message, error = [(None, str(raised))], raised
+    distributed.broadcast_object_list(message, src=0)
+    if error is not None:
+        raise error
+    value, problem = message[0]
+    if problem is not None:
+        raise ElsewhereError(problem)
+    return value
+
+
+def all_agree(opinion: bool) -> bool:
+    """Whether `opinion` is true on every rank. Waits for all of them."""
+    return total(int(not opinion)) == 0
+
+
+def total(value: float) -> float:
+    """The sum of a number over all ranks, float64."""
+    if size() == 1:
+        return value
+    import torch
+
+    return add_up(torch.tensor([value], dtype=torch.float64)).item()
+
+
+def add_up(tensor: "torch.Tensor") -> "torch.Tensor":
+    """Replace a tensor by its sum over all ranks, in place; the same bits on each."""
+    if size() > 1:
+        from torch import distributed
+
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+class GradientSum:
+    """Sums gradients over all ranks while the next layer's are still being computed.
+
+    Unlike DistributedDataParallel, which averages equal shares, this takes shares of any size, even empty ones: the
+    caller weighs each rank's loss by its part of the batch.
+    """
+
+    def __init__(self):
+        self.running: list[tuple] = []
+
+    def start(self, parameters: "Sequence[torch.nn.Parameter]") -> None:
+        """Begin to sum the gradients of some parameters; none counts as zero."""
+        if size() == 1:
+            return
+        import torch
+        from torch import distributed
+
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        self.running.append((parameters, flat, distributed.all_reduce(flat, async_op=True)))
+
+    def finish(self) -> None:
+        """Wait for all sums and put them in place."""
+        for parameters, flat, work in self.running:
+            work.wait()
+            for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                p.grad = gradient.view_as(p)
+        self.running = []
+
+
+def gather_rows(array: np.ndarray) -> np.ndarray | None:
+    """All ranks' rows in the order of the ranks, on rank 0; None on the others. Ranks may have none."""
+    if size() == 1:
+        return array
+    import torch
+    from torch import distributed
+
+    counts = torch.zeros(size(), dtype=torch.int64)
+    counts[rank()] = len(array)
+    add_up(counts)
+    padded = torch.zeros((int(counts.max()), *array.shape[1:]), dtype=torch.from_numpy(array[:0]).dtype)
+    padded[: len(array)] = torch.from_numpy(array)
+    there = [torch.empty_like(padded) for _ in range(size())] if rank() == 0 else None
+    distributed.gather(padded, there)
+    if there is None:
+        return None
+    return np.concatenate([part[:count].numpy() for part, count in zip(there, counts.tolist(), strict=True)])
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """This rank's part of some items: every K-th, so that costs that grow along the list are spread."""
+    return list(items)[rank() :: size()]
+
+
+def span(count: int, unit: int = 1) -> tuple[int, int]:
+    """First and last+1 of this rank's contiguous part of `count` rows, in whole blocks of `unit` rows.
+
+    The parts differ by at most one block; some are empty where there are fewer blocks than ranks.
+    """
+    blocks = -(-count // unit)
+    ends = [min(count, blocks * r // size() * unit) for r in (rank(), rank() + 1)]
+    return ends[0], ends[1]

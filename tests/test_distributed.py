@@ -1,0 +1,261 @@
+"""Several processes give what one gives: all rows, the same losses and weights, whatever their number."""
+
+import multiprocessing
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import train_vlm
+from models.checkpoints import load_vlm, read_tensors
+from models.errors import UserError
+from pipeline import artefacts, distributed
+from tests.conftest import make_photo
+from tests.tiny import Accident, run, run_ranks
+
+pytestmark = pytest.mark.skipif(
+    "forkserver" not in multiprocessing.get_all_start_methods(), reason="processes cannot be forked here"
+)
+LAYERS = ["conv1", "conv2"]
+PHOTOS = 7
+# One process and several sum in other orders: float64 sums of the statistics, float32 sums of the gradients.
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def extraction(root: Path) -> list[str]:
+    common = ["--preset", "demo", "--seed", "5", "--device", "cpu", "--root", str(root), "--weights", "random"]
+    return [*common, "--backbone", "tiny", "--layers", *LAYERS, "--batch-size", "2"]
+
+
+def training(root: Path, *more: str) -> list[str]:
+    common = ["--preset", "demo", "--seed", "5", "--device", "cpu", "--root", str(root)]
+    schedule = ["--iterations", "6", "--batch-size", "4", "--checkpoint-every", "2", "--log-every", "3"]
+    return [*common, *schedule, "--learning-rate", "66", *more]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace where one process did stages 1 to 3."""
+    folder = tmp_path_factory.mktemp("one")
+    (folder / "photos").mkdir()
+    for i in range(PHOTOS):
+        Image.fromarray(make_photo(i, 36 + i, 44)).save(folder / "photos" / f"photo{i}.png")
+    root = folder / "root"
+    commands = {
+        "prepare_images": ["--preset", "demo", "--root", str(root), "--source", str(folder / "photos")],
+        "extract_features": extraction(root),
+        "train_vlm": training(root, "--held-out", "2"),
+    }
+    for stage, argv in commands.items():
+        code, output, _ = run(stage, argv, root, folder / "output")
+        assert code == 0, output
+    return root
+
+
+def copy(one: Path, root: Path, *names: str) -> Path:
+    root.mkdir()
+    for name in names:
+        for path in one.glob(f"{name}*"):
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, root / path.name)
+    return root
+
+
+def assert_equal_tensors(found: Path, expected: Path) -> None:
+    first, second = read_tensors(found)[0], read_tensors(expected)[0]
+    assert first.keys() == second.keys()
+    for name, value in second.items():
+        torch.testing.assert_close(first[name], value, **TOLERANCE, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])  # 4 batches of up to 2 images: unequal parts, an empty one
+def test_extraction(one: Path, tmp_path: Path, ranks: int) -> None:
+    root = copy(one, tmp_path / "root", "images.npy")
+    results = run_ranks(ranks, "extract_features", extraction(root), root)
+    assert [code for code, _ in results] == [0] * ranks, results
+    assert "written" in results[0][1] and results[1][1] == "", "rank 0 alone speaks"
+    assert_equal_tensors(root / "features" / "projection.safetensors", one / "features" / "projection.safetensors")
+    for layer in LAYERS:
+        features = np.load(root / "features" / f"{layer}.npy")
+        np.testing.assert_allclose(features, np.load(one / "features" / f"{layer}.npy"), rtol=1e-4, atol=1e-5)
+    names = {p.name for p in (root / "features").iterdir()}
+    assert names == {p.name for p in (one / "features").iterdir()}, "nothing temporary is left"
+    again = run_ranks(ranks, "extract_features", extraction(root), root)
+    assert again[0][0] == 0 and "nothing to do" in again[0][1]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])  # a batch of 4: unequal parts, an empty one
+def test_training(one: Path, tmp_path: Path, ranks: int) -> None:
+    root = copy(one, tmp_path / "root", "features")
+    results = run_ranks(ranks, "train_vlm", training(root, "--held-out", "2"), root)
+    assert [code for code, _ in results] == [0] * ranks, results
+    assert_equal_tensors(root / "vlm.safetensors", one / "vlm.safetensors")
+    start = train_vlm.build_model(read_tensors(one / "features" / "projection.safetensors")[0], LAYERS, 5)
+    trained, _ = load_vlm(root / "vlm.safetensors")
+    moved = [(a - b).abs().max() for a, b in zip(trained.parameters(), start.parameters(), strict=True)]
+    assert max(moved) > 1e-2, "the tolerance is small beside what was learnt"
+    logs = [np.genfromtxt(r / "log.csv", delimiter=",", skip_header=1)[:, 1:-1] for r in (root, one)]
+    np.testing.assert_allclose(*logs, rtol=1e-5)
+    assert {p.name for p in root.iterdir()} == {p.name for p in one.iterdir()} - {"images.npy", "images.npy.json"} - {
+        "rejected.csv",
+        ".images.npy.lock",
+        ".features.lock",
+    }
+
+
+def test_saliency(one: Path, tmp_path: Path) -> None:
+    root = copy(one, tmp_path / "root", "vlm.safetensors")
+    photos = str(one.parent / "photos")
+    common = ["--preset", "demo", "--seed", "5", "--device", "cpu", "--root", str(root), "--weights", "random"]
+    alone = [photos, *common, "--out", str(root / "alone")]
+    assert run("saliency", alone, root, tmp_path / "output")[0] == 0
+    results = run_ranks(3, "saliency", [photos, *common], root)
+    assert [code for code, _ in results] == [0, 0, 0], results
+    assert f"{PHOTOS} saliency maps" in results[0][1]
+    first, second = ({p.name: p.read_bytes() for p in (root / n).iterdir()} for n in ("alone", "saliency"))
+    assert first == second and len(first) == 5 * PHOTOS
+
+
+def test_interrupted_training(one: Path, tmp_path: Path) -> None:
+    """SIGTERM reaches one rank: all stop after the same update, its state is saved, the same command goes on."""
+    roots = {name: copy(one, tmp_path / name, "features") for name in ("cut", "whole")}
+    options = ["--held-out", "2"]
+    accident = {1: Accident(at_update=3, signal=signal.SIGTERM)}
+    results = run_ranks(2, "train_vlm", training(roots["cut"], *options), roots["cut"], accident)
+    assert [code for code, _ in results] == [143, 143], results
+    assert results[0][1].count("goes on from the last saved state") == 1
+    assert read_tensors(roots["cut"] / "train_state" / "conv1-conv2.safetensors")[1]["iteration"] == 3
+    for root in roots.values():
+        assert [code for code, _ in run_ranks(2, "train_vlm", training(root, *options), root)] == [0, 0]
+    first, second = ((root / "vlm.safetensors").read_bytes() for root in roots.values())
+    assert first == second
+
+
+@pytest.mark.parametrize("at", [2, 9, 16])
+def test_killed_extraction(one: Path, tmp_path: Path, at: int) -> None:
+    """One rank dies; the others end too; the same command goes on, also with another number of ranks."""
+    roots = {name: copy(one, tmp_path / name, "images.npy") for name in ("cut", "whole")}
+    accident = {at % 2: Accident(at, signal.SIGKILL)}
+    results = run_ranks(2, "extract_features", extraction(roots["cut"]), roots["cut"], accident)
+    assert -signal.SIGKILL in [code for code, _ in results]
+    if at == 9:
+        run_ranks(3, "extract_features", extraction(roots["cut"]), roots["cut"], {2: Accident(5, signal.SIGKILL)})
+    for root in roots.values():
+        results = run_ranks(2, "extract_features", extraction(root), root)
+        assert [code for code, _ in results] == [0, 0], results
+    first, second = (
+        {p.name: p.read_bytes() for p in (root / "features").iterdir() if p.suffix != ".lock"}
+        for root in roots.values()
+    )
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+def test_a_mistake_is_told_once(one: Path, tmp_path: Path) -> None:
+    root = copy(one, tmp_path / "root", "images.npy", "features")
+    results = run_ranks(2, "extract_features", [*extraction(root), "--dtype", "float16"], root)
+    assert [code for code, _ in results] == [2, 2]
+    assert "dtype is 'float32', not 'float16'" in results[0][1] and results[1][1] == ""
+
+
+def test_torchrun(one: Path, tmp_path: Path) -> None:
+    root = copy(one, tmp_path / "root", "images.npy")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.tiny"]
+    cwd = Path(__file__).parent.parent
+    for stage, argv in (("extract_features", extraction(root)), ("train_vlm", training(root, "--held-out", "2"))):
+        result = subprocess.run([*torchrun, stage, *argv], cwd=cwd, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("one of 2 processes") == 1
+    assert_equal_tensors(root / "vlm.safetensors", one / "vlm.safetensors")
+
+
+@given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 9))
+def test_parts_cover_everything_once(count: int, unit: int, ranks: int) -> None:
+    items, rows, sizes = [], [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "size", lambda: ranks)
+        for rank in range(ranks):
+            patch.setattr(distributed, "rank", lambda rank=rank: rank)
+            items += distributed.share(range(count))
+            first, stop = distributed.span(count, unit)
+            assert first % unit == 0 or first == count
+            sizes.append(-(-(stop - first) // unit))
+            rows += range(first, stop)
+    assert sorted(items) == rows == list(range(count))
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_single_process_needs_no_group() -> None:
+    rows = np.arange(6).reshape(3, 2)
+    assert distributed.rank() == 0 and distributed.size() == 1 and not distributed.launched()
+    assert distributed.first(lambda: 3) == 3 and distributed.total(2.5) == 2.5 and distributed.all_agree(True)
+    assert distributed.gather_rows(rows) is rows and distributed.share("abc") == ["a", "b", "c"]
+
+
+def trained_apart(one: Path, folder: Path) -> dict[str, Path]:
+    """Workspaces with the same projection, each of which trained one layer."""
+    roots = {layer: copy(one, folder / layer, "features") for layer in LAYERS}
+    for layer, root in roots.items():
+        train_vlm.main(training(root, "--held-out", "2", "--layers", layer, "--learning-rate", "33"))
+    return roots
+
+
+def test_merging_checkpoints_of_several_workspaces(one: Path, tmp_path: Path) -> None:
+    roots = trained_apart(one, tmp_path)
+    files = {layer: root / "vlm.safetensors" for layer, root in roots.items()}
+    target = ["--preset", "demo", "--root", str(tmp_path / "joined")]
+    train_vlm.main([*target, "--merge", *map(str, files.values())])
+    joined, facts = load_vlm(tmp_path / "joined" / "vlm.safetensors")
+    assert facts["layers"] == LAYERS == list(facts["training"])
+    for layer, file in files.items():
+        alone, noted = load_vlm(file)
+        assert facts["training"][layer] == noted["training"][layer]
+        for a, b in zip(joined.layers[layer].parameters(), alone.layers[layer].parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert_equal_tensors(tmp_path / "joined" / "vlm.safetensors", one / "vlm.safetensors")
+    train_vlm.main([*target, "--merge", str(files["conv1"])])  # the same again changes nothing
+    other = training(roots["conv1"], "--held-out", "2", "--layers", "conv1", "--overwrite", "--momentum", "0.5")
+    train_vlm.main(other)
+    with pytest.raises(UserError, match="hold other weights of conv1: use --overwrite"):
+        train_vlm.main([*target, "--merge", str(files["conv1"])])
+    train_vlm.main([*target, "--merge", str(files["conv1"]), "--overwrite"])
+    assert load_vlm(tmp_path / "joined" / "vlm.safetensors")[1]["training"]["conv1"]["momentum"] == 0.5
+
+
+def test_merging_needs_one_projection(one: Path, tmp_path: Path) -> None:
+    tensors, facts = read_tensors(one / "vlm.safetensors")
+    artefacts.write_tensors(tmp_path / "other.safetensors", tensors, {**facts, "projection_sha256": "another"})
+    root = copy(one, tmp_path / "root", "vlm.safetensors")
+    before = (root / "vlm.safetensors").read_bytes()
+    with pytest.raises(UserError, match="is of another projection"):
+        train_vlm.main(["--preset", "demo", "--root", str(root), "--merge", str(tmp_path / "other.safetensors")])
+    assert (root / "vlm.safetensors").read_bytes() == before
+
+
+def test_mixed_precision(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trains where the device can, and says so where it cannot."""
+    root = copy(one, tmp_path / "root", "features")
+    options = training(root, "--held-out", "2", "--precision", "bfloat16")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.LSTM, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("no primitive\nfor it")))
+        with pytest.raises(UserError, match=r"bfloat16 does not work on cpu \(no primitive\): use float32"):
+            train_vlm.main(options)
+    assert not (root / "train_state" / "conv1-conv2.safetensors").exists()
+    try:
+        train_vlm.check_precision("bfloat16", torch.device("cpu"))
+    except UserError:
+        return
+    train_vlm.main(options)
+    logs = [np.genfromtxt(r / "log.csv", delimiter=",", skip_header=1)[:, 3] for r in (root, one)]
+    np.testing.assert_allclose(*logs, rtol=0.02)
+    assert not np.array_equal(*logs)
+    assert load_vlm(root / "vlm.safetensors")[1]["training"]["conv1"]["precision"] == "bfloat16"
+    with pytest.raises(UserError, match="precision is 'bfloat16', not 'float32'"):
+        train_vlm.main(training(root, "--held-out", "2"))

@@ -1,0 +1,211 @@
+"""Stages run in a fraction of a second, on a CNN of two small convolutions, in processes that meet with accidents.
+
+The processes are forked from one that has imported torch, so that dozens of runs cost seconds. As a module this runs
+one stage on that CNN: `python -m tests.tiny extract_features --backbone tiny …`.
+"""
+
+import errno
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import matplotlib
+import torch
+
+import extract_features
+import prepare_images
+import reconstruct
+import saliency
+import train_vlm
+from models import checkpoints, optimizer, vlm  # noqa: F401 (imported before the fork)
+from models import saliency as maps  # noqa: F401
+from models.backbones import ARCHITECTURES, Architecture, Conv, Linear, MaxPool, ReLU
+from pipeline import artefacts, cli, figures
+
+STAGES = {m.__name__: m for m in (prepare_images, extract_features, train_vlm, reconstruct, saliency)}
+matplotlib.colormaps.get_cmap(figures.HEAT)  # a first time
+TINY = Architecture(
+    "tiny",
+    (
+        Conv("conv1", 3, 6, 3, stride=2),
+        ReLU("relu1"),
+        Conv("conv2", 6, 20, 3),
+        ReLU("relu2"),
+        MaxPool("pool2", 3, 3),
+        Linear("fc3", 20 * 3 * 3, 5),
+    ),
+    vlm_layers=("data", "conv1", "conv2"),
+    crop=(24, 24),
+    bgr=False,
+    mean=(120.0, 110.0, 100.0),
+    scale=(60.0, 60.0, 60.0),
+)
+WRITING = os.O_WRONLY | os.O_RDWR
+
+
+@dataclass(frozen=True)
+class Accident:
+    """What happens to a process when it touches a file in its workspace for the `at`-th time, or later.
+
+    `signal`: it gets this signal (SIGKILL leaves the file that it was writing cut in half). `full`: from then on no
+    file can be opened for writing, for want of room. `largest_file`: no file may grow beyond so many bytes, from the
+    start. `at_update`: the signal comes in this training update instead.
+    """
+
+    at: int = 0
+    signal: int = 0
+    full: bool = False
+    largest_file: int = 0
+    at_update: int = 0
+
+
+class _Watch:
+    """An audit hook that counts what changes the files of a folder, and lets the accident happen."""
+
+    def __init__(self, folder: str, accident: Accident):
+        self.folder, self.accident, self.count, self.writing = folder, accident, 0, None
+
+    def __call__(self, event: str, arguments: tuple) -> None:
+        changes = event in ("os.rename", "os.remove", "os.truncate") or (
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING
+        )
+        if not changes or not str(arguments[0]).startswith(self.folder) or str(arguments[0]).endswith(".lock"):
+            return
+        self.count += 1
+        if self.accident.at and self.count >= self.accident.at:
+            if self.accident.full and event == "open":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
+            if self.accident.signal and self.count == self.accident.at:
+                self.strike()
+        if event == "open":
+            self.writing = str(arguments[0]) if arguments[1] and "w" in arguments[1] else None
+
+    def strike(self) -> None:
+        if self.accident.signal == signal.SIGKILL and self.writing and Path(self.writing).is_file():
+            os.truncate(self.writing, Path(self.writing).stat().st_size // 2)
+        os.kill(os.getpid(), self.accident.signal)
+
+
+def _prepare(stage: str, argv: list[str]) -> None:
+    sys.argv = [f"{stage}.py", *argv]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    ARCHITECTURES["tiny"] = TINY
+    extract_features.SAVE_EVERY = 0.0
+    prepare_images.MARK_EVERY = 2
+    cli.code_version = lambda: "tested"  # git costs a process
+    for name in ("loss_curves", "reconstruction_curves", "picture_row"):  # matplotlib costs a second
+        setattr(figures, name, lambda _, path: artefacts.write_bytes(path, b"a figure"))
+
+
+def _run(stage: str, argv: list[str], root: str, output: str, accident: Accident, environment: dict[str, str]) -> None:
+    with Path(output).open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.environ.update(environment)
+    _prepare(stage, argv)
+    if accident.largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (accident.largest_file, resource.RLIM_INFINITY))
+    watch = _Watch(root, accident)
+    if accident.at_update:
+        update, calls = train_vlm.update, []
+
+        def interrupted(*arguments, **options):
+            calls.append(None)
+            if len(calls) == accident.at_update:
+                os.kill(os.getpid(), accident.signal)
+            return update(*arguments, **options)
+
+        train_vlm.update = interrupted
+    else:
+        sys.addaudithook(watch)
+    code = cli.run(lambda: STAGES[stage].main(argv))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    Path(f"{output}.count").write_text(str(watch.count))
+    os._exit(code)
+
+
+def start(
+    stage: str,
+    argv: list[str],
+    root: Path,
+    output: Path,
+    accident: Accident = Accident(),  # noqa: B008
+    environment: Mapping[str, str] | None = None,
+) -> BaseProcess:
+    """Start a stage in a process of its own; its output goes to a file."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.tiny"])
+    process = context.Process(
+        target=_run, args=(stage, argv, str(root), str(output), accident, dict(environment or {}))
+    )
+    process.start()
+    return process
+
+
+def run(
+    stage: str,
+    argv: list[str],
+    root: Path,
+    output: Path,
+    accident: Accident = Accident(),  # noqa: B008
+) -> tuple[int, str, int]:
+    """Run a stage to its end: exit code (negative: a signal), output, how often it changed a file of `root`."""
+    process = start(stage, argv, root, output, accident)
+    process.join(120)
+    assert process.exitcode is not None, "it hangs"
+    count = Path(f"{output}.count")
+    touched = int(count.read_text()) if count.is_file() else 0
+    count.unlink(missing_ok=True)
+    return process.exitcode, output.read_text(), touched
+
+
+def start_ranks(
+    ranks: int,
+    stage: str,
+    argv: list[str],
+    root: Path,
+    accidents: Mapping[int, Accident] | None = None,
+) -> list[BaseProcess]:
+    """Start a stage in several processes that work together; the output of each goes to `root`/../rank<r>."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        accident = (accidents or {}).get(rank, Accident())
+        texts = {name: str(value) for name, value in environment.items()}
+        processes.append(start(stage, argv, root, root.parent / f"rank{rank}", accident, texts))
+    return processes
+
+
+def run_ranks(
+    ranks: int, stage: str, argv: list[str], root: Path, accidents: Mapping[int, Accident] | None = None
+) -> list[tuple[int, str]]:
+    """Run a stage in several processes to their end: exit code and output of each."""
+    processes = start_ranks(ranks, stage, argv, root, accidents)
+    for process in processes:
+        process.join(120)
+        assert process.exitcode is not None, "it hangs"
+    return [(p.exitcode, (root.parent / f"rank{rank}").read_text()) for rank, p in enumerate(processes)]
+
+
+if __name__ == "__main__":
+    _prepare(sys.argv[1], sys.argv[2:])
+    sys.exit(cli.run(lambda: STAGES[Path(sys.argv[0]).stem].main(sys.argv[1:])))
