@@ -26,7 +26,11 @@ RULES = {  # what no option sets, for --dry-run
     "images": "256×256 by area averaging, centre crop, no augmentation (original code)",
     "mean": "per pixel in training, per channel at test, for the Caffe backbones (original code)",
     "PCA": "positions//images + 1 per image, with replacement; half of the components; not whitened (original code)",
+    "language models": "weights N(0, 0.01²), biases 0, hidden size as many as components, two layers (original code)",
+    "loss": "ramp 0, 1/(T-1), …; mean of four directions, then of the layers (original code)",
     "momentum": "set to zero at every decay (original code)",
+    "reconstruction": "learning rate 2^19 of pixels in 0-255; λ 1, 1e-1, 1e-2, 1e-3, 1e-4 from conv1 on, none of data; "
+    "σ of the target per unit over the training images (original code)",
     "start of reconstruction": "noise with mean and std of the data layer (original code), seeded (ours)",
     "pictures": "clipped to 0-255, truncated to bytes (original code)",
 }
