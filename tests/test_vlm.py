@@ -131,6 +131,26 @@ def test_fused_lstm_equals_nn_lstm(shape) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("shape", [(16, 24, 6, 6), (1, 2, 40, 40)])
+def test_fused_float32_is_within_rounding_of_nn_lstm(shape) -> None:
+    layer, p = random_layer(shape[1], scale=0.2), torch.randn(shape)
+    assert layer.is_faster_fused(p)
+    results = []
+    for loss in (layer_loss(p, layer), layer.loss(p)):
+        layer.zero_grad()
+        loss.backward()
+        results.append([loss.detach(), *(q.grad.clone() for q in layer.parameters() if q.requires_grad)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max()))
+
+
+def test_few_sequences_and_other_shapes_take_nn_lstm() -> None:
+    layer = random_layer(24)
+    assert layer.is_faster_fused(torch.zeros(4, 24, 6, 6))
+    for other in (torch.zeros(3, 24, 6, 6), torch.zeros(9, 24, 6, 7), torch.zeros(9, 24, 6, 6).double()):
+        assert not layer.is_faster_fused(other)
+
+
 def test_fused_gradient_to_the_input_alone() -> None:
     layer = random_layer(2).requires_grad_(False)
     p = torch.randn(1, 2, 5, 5, requires_grad=True)
