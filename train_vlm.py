@@ -5,11 +5,13 @@ Out: ROOT/vlm.safetensors, the model of all layers trained so far; ROOT/log.csv,
      ROOT/figures/loss.png; ROOT/train_state/, what a killed run needs to go on.
 
 Layers share no parameters: trained in one run or in several, at once or in turn, they end up in the same
-vlm.safetensors; --merge adds those of other workspaces with the same projection.
+vlm.safetensors; --merge adds those of other workspaces with the same projection. --init starts from trained weights;
+--export writes the checkpoint as float16, as those in models/pretrained/ are.
 
     python train_vlm.py --preset alexnet --layers conv5 --learning-rate 10 --iterations 3000
     torchrun --nproc-per-node=8 train_vlm.py --preset alexnet
     python train_vlm.py --preset alexnet --merge other/vlm.safetensors
+    python train_vlm.py --preset alexnet --export alexnet.safetensors
 """
 
 import csv
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 PAPER_LAYERS = 6  # layers that the paper trains jointly, over which its loss is the mean
 VALIDATION_BATCH = 16
+SAME_PROJECTION = 2e-3  # of values near 1: what float16 and another machine's eigenvectors may change
 PRECISIONS = ("float32", "bfloat16")
 LOG_COLUMNS = (
     "layer",
@@ -166,6 +169,7 @@ class Run:
         configuration: what the checkpoint says of its inputs; with the schedule it determines the result, and a
             state of other inputs or another schedule is refused.
         precision: of `update`.
+        first_iteration: where a run without a state begins in the schedule.
     """
 
     def __init__(
@@ -179,6 +183,7 @@ class Run:
         held_out: int,
         device: "torch.device",
         precision: str = "float32",
+        first_iteration: int = 0,
     ):
         from models.optimizer import MomentumSGD
 
@@ -199,7 +204,7 @@ class Run:
         self.state = root / "train_state" / f"{'-'.join(self.names)}.safetensors"
         trained = [p for name in self.names for p in self.vlm.layers[name].parameters() if p.requires_grad]
         self.optimizer = MomentumSGD(trained, schedule.learning_rate, schedule.momentum)
-        self.iteration = 0
+        self.iteration = first_iteration
         self.log: list[list] = []
         self.losses: dict[str, list[float]] = {name: [] for name in self.names}
 
@@ -240,7 +245,7 @@ class Run:
 
     def _conflicts(self, found: artefacts.Facts, done: int) -> list[str]:
         """What keeps a state from being continued. More iterations and later decays do not: its past is the same."""
-        usual = {"views": 1, "random_crop": False, "flip": False, "precision": "float32"}
+        usual = {"views": 1, "random_crop": False, "flip": False, "precision": "float32", "init": None}
         found, wanted = {**usual, **self.inputs, **found}, {**usual, **self.facts, **self.inputs}
         past = [at for at in self.schedule.decay_at if at < done]
         if self.schedule.iterations >= done and [at for at in found.get("decay_at", []) if at < done] == past:
@@ -453,6 +458,21 @@ def get_parser() -> cli.Parser:
         metavar="FILE",
         help="train nothing: add the layers of checkpoints that were trained elsewhere on the same projection",
     )
+    parser.add_argument(
+        "--export", type=cli.writable_file, metavar="FILE", help="train nothing: write the checkpoint as float16"
+    )
+    parser.add_argument(
+        "--init",
+        type=cli.readable_file,
+        metavar="FILE",
+        help="checkpoint whose weights the training starts from (paper: N(0, 0.01²))",
+    )
+    parser.add_argument(
+        "--from-iteration",
+        type=cli.natural,
+        default=0,
+        help="with --init: the place in the schedule where its weights stand; the momentum begins at zero",
+    )
     parser.add_argument("--iterations", type=cli.positive, default=20_001, help="updates (original code: 20001)")
     parser.add_argument("--batch-size", type=cli.positive, default=16, help="images (paper: 16 AlexNet, 1 VGG)")
     parser.add_argument(
@@ -491,6 +511,14 @@ def main(argv: list[str] | None = None) -> None:
         with artefacts.claim(args.out):
             merge_files(args.merge, args.out, args.root, args.overwrite)
         return
+    if args.export:
+        cli.announce(args)
+        export(args.out, args.export)
+        return
+    if args.from_iteration and not args.init:
+        raise UserError("--from-iteration tells where the weights of --init stand: give both, or neither")
+    if args.from_iteration >= args.iterations:
+        raise UserError(f"--from-iteration {args.from_iteration} leaves nothing of --iterations {args.iterations}")
     device = cli.pick_device(args.device)
     with distributed.group(device):
         features, tensors, facts = open_features(args.features or args.root / "features", args.layers)
@@ -514,16 +542,21 @@ def train(args, features: dict[str, np.ndarray], tensors: dict, facts: dict, dev
     )
     cli.announce(args, device)
     check_precision(args.precision, device)
+    vlm, configuration = build_model(tensors, list(features), args.seed), describe_inputs(facts, features)
+    if args.init:
+        init = {"sha256": start_from(args.init, vlm, configuration), "iteration": args.from_iteration}
+        configuration["training"]["init"] = init
     run = Run(
         args.root,
         args.out,
-        build_model(tensors, list(features), args.seed),
+        vlm,
         features,
         schedule,
-        describe_inputs(facts, features),
+        configuration,
         args.held_out,
         device,
         args.precision,
+        args.from_iteration,
     )
     run.resume(args.overwrite)
     if run.iteration == schedule.iterations:
@@ -531,7 +564,7 @@ def train(args, features: dict[str, np.ndarray], tensors: dict, facts: dict, dev
             print(f"{run.out}: {', '.join(features)} finished {run.iteration} iterations: nothing to do")
             return
         distributed.first(run.merge)
-    elif run.iteration:
+    elif run.iteration > args.from_iteration:
         print(f"going on after iteration {run.iteration}")
     run.train(args.log_every, args.checkpoint_every)
     print(f"{run.out}: {', '.join(features)} trained for {run.iteration} iterations")
@@ -563,6 +596,45 @@ def merge_files(files: list[Path], out: Path, root: Path, overwrite: bool) -> No
             log = merge_log(root / "log.csv", [], [])
             merge_checkpoint(out, vlm_tensors(vlm), configuration, log, root / "figures" / "loss.png")
         print(f"{out}: {', '.join(vlm.layers)} of {path}")
+
+
+def start_from(path: Path, vlm: "VisualLanguageModel", configuration: artefacts.Facts) -> str:
+    """Give a model the weights of a checkpoint, whose sha256 is returned; the projections stay.
+
+    Raises:
+        UserError: another backbone, a layer that it lacks, or a projection that differs by more than rounding.
+    """
+    import torch
+
+    from models.checkpoints import load_vlm
+
+    trained, noted = load_vlm(path)
+    if changed := artefacts.differences(noted, {"backbone": configuration["backbone"]}):
+        raise UserError(f"{path} does not fit ({'; '.join(changed)}): give another --init")
+    for name, layer in vlm.layers.items():
+        if name not in trained.layers:
+            raise UserError(f"{path} has no layer {name}: give another --init, or other --layers")
+        ours, theirs = vlm.projections[name].state_dict(), trained.projections[name].state_dict()
+        for part, value in ours.items():
+            tolerance = SAME_PROJECTION * max(1.0, float(value.abs().max()))
+            if value.shape != theirs[part].shape or not torch.allclose(value, theirs[part], rtol=0, atol=tolerance):
+                raise UserError(
+                    f"{path} was trained on another projection of {name}: extract the features of the same images, "
+                    "or give another --init"
+                )
+        layer.load_state_dict(trained.layers[name].state_dict())
+    return artefacts.file_sha256(path)
+
+
+def export(checkpoint: Path, out: Path) -> None:
+    """Write a checkpoint with all weights as float16; means and deviations stay float32."""
+    import torch
+
+    from models.checkpoints import load_vlm, vlm_tensors
+
+    vlm, configuration = load_vlm(checkpoint)
+    artefacts.write_tensors(out, vlm_tensors(vlm, torch.float16), {**configuration, "dtype": "float16"})
+    print(f"{out}: {', '.join(vlm.layers)} of {checkpoint} as float16")
 
 
 def build_model(tensors: dict, layers: list[str], seed: int) -> "VisualLanguageModel":

@@ -23,8 +23,9 @@ import run_all
 import run_pretrained_model
 import saliency
 import train_vlm
-from models.checkpoints import load_vlm, read_tensors
+from models.checkpoints import load_vlm, read_tensors, write_tensors
 from models.errors import UserError
+from models.randomness import split_images
 from pipeline import cli
 from tests.conftest import RUN, make_photo
 
@@ -141,6 +142,55 @@ def test_a_finished_run_can_be_trained_longer(workspace: Path, tmp_path: Path) -
     assert all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(UserError, match="decay_at is"):
         train_vlm.main([*options[:-3], "--decay-at", "2", "--root", str(tmp_path / "whole"), "--iterations", "9"])
+
+
+def test_training_goes_on_from_an_exported_checkpoint(workspace: Path, tmp_path: Path) -> None:
+    """--export rounds to float16; --init takes its place in the schedule, with the momentum at zero."""
+    here = ["--root", str(workspace)]
+    train_vlm.main([*RUN, *here, "--export", str(tmp_path / "half.safetensors")])
+    half, noted = load_vlm(tmp_path / "half.safetensors")
+    assert noted["dtype"] == "float16" and noted["training"]["conv5"]["iterations_done"] == 4
+    full, _ = load_vlm(workspace / "vlm.safetensors")
+    for a, b in zip(half.parameters(), full.parameters(), strict=True):
+        assert torch.equal(a, b.half().float())
+    assert torch.equal(half.projections["conv5"].mean, full.projections["conv5"].mean)
+
+    root = tmp_path / "root"
+    root.mkdir()
+    shutil.copytree(workspace / "features", root / "features")
+    options = [*RUN, "--root", str(root), "--layers", "conv5", "--init", str(tmp_path / "half.safetensors")]
+    options += ["--batch-size", "2", "--checkpoint-every", "1", "--decay-at", "5", "--log-every", "1"]
+    train_vlm.main([*options, "--from-iteration", "4", "--iterations", "5"])
+    trained, noted = load_vlm(root / "vlm.safetensors")
+    facts = noted["training"]["conv5"]
+    assert facts["iterations_done"] == 5 and facts["init"]["iteration"] == 4 and len(facts["init"]["sha256"]) == 64
+    schedule = train_vlm.Schedule(5, 2, facts["learning_rate"], 0.9, (5,), 0.1, 3)
+    features = np.load(root / "features" / "conv5.npy")
+    rows = schedule.batch(4, split_images(10, facts["held_out"], 3)[0])
+    half.layers["conv5"].loss(train_vlm.read_batch(features, rows, "cpu")).backward()
+    for a, b in zip(trained.layers["conv5"].parameters(), half.layers["conv5"].parameters(), strict=True):
+        if b.grad is not None:
+            torch.testing.assert_close(a, b - facts["learning_rate"] * b.grad, rtol=1e-4, atol=1e-7)
+    train_vlm.main([*options, "--from-iteration", "4", "--iterations", "6"])
+    assert load_vlm(root / "vlm.safetensors")[1]["training"]["conv5"]["iterations_done"] == 6
+    with pytest.raises(UserError, match="was made otherwise.*init"):
+        train_vlm.main([*options, "--from-iteration", "3", "--iterations", "7"])
+    with pytest.raises(UserError, match="give both, or neither"):
+        train_vlm.main([*RUN, "--root", str(root), "--from-iteration", "3"])
+
+
+def test_only_a_fitting_checkpoint_is_gone_on_from(workspace: Path, tmp_path: Path) -> None:
+    tensors, noted = read_tensors(workspace / "vlm.safetensors")
+    other = tmp_path / "other.safetensors"
+    options = [*RUN, "--root", str(workspace), "--out", str(tmp_path / "out.safetensors"), "--init", str(other)]
+    options += ["--overwrite", "--layers", "conv5"]
+    for changed, facts, message in (
+        ({}, {"backbone": "vgg16"}, "does not fit .*backbone"),
+        ({"conv5.projection.components": tensors["conv5.projection.components"].flip(0)}, {}, "another projection of"),
+    ):
+        write_tensors(other, tensors | changed, {**noted, **facts})
+        with pytest.raises(UserError, match=message):
+            train_vlm.main(options)
 
 
 def test_interrupted_extraction_resumes_to_the_same_files(
