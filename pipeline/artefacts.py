@@ -295,7 +295,10 @@ def format_bytes(count: float) -> str:
 
 
 class ArrayWriter:
-    """A `.npy` file written row by row through a memory map, which survives being killed.
+    """A `.npy` file written row by row, which survives being killed.
+
+    `array` is a memory map of it, for reading. Rows are written as bytes of the file: stored through the map, whole
+    pages would travel to a shared disk, with the rows of another machine in them, and would count as memory.
 
     Rows that were reported with `mark` before the kill are kept: a writer opened again with the same facts goes on
     from there. Several ranks open it together, each for its own rows; they go on if each of them can.
@@ -325,7 +328,8 @@ class ArrayWriter:
             self.done, self.state = int(noted["done"]), dict(noted["state"])
         else:
             distributed.first(lambda: self._create(shape, dtype))
-        self.array = np.load(self.partial, mmap_mode="r+", allow_pickle=False)
+        self.array = np.load(self.partial, mmap_mode="r", allow_pickle=False)
+        self.file = self.partial.open("rb+")
 
     def _resumable(self) -> Facts | None:
         """What an earlier run noted of its progress, where its partial file can be continued."""
@@ -350,9 +354,25 @@ class ArrayWriter:
             self.partial.unlink(missing_ok=True)
             raise NoRoomError(message) from None
 
+    def put(self, first: int, rows: np.ndarray) -> None:
+        """Write rows (n, …) from row `first` on, in the file's dtype."""
+        if rows.shape[1:] != self.array.shape[1:] or not 0 <= first <= first + len(rows) <= len(self.array):
+            raise ValueError(f"rows {first} to {first + len(rows)} of {rows.shape[1:]} in {self.array.shape}")
+        self.file.seek(self.array.offset + first * self.array[:1].nbytes)
+        try:
+            self.file.write(np.ascontiguousarray(rows, self.array.dtype).data)
+        except OSError as error:  # only where `reserve` cannot reserve
+            if error.errno not in FULL:
+                raise
+            raise NoRoomError(_no_room(self.path, self.partial, rows.nbytes, error)) from None
+
+    def _flush(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
     def mark(self, done: int, **state: Any) -> None:
         """Record on disk that this process's rows before `done` are final, with any other JSON state."""
-        self.array.flush()
+        self._flush()
         write_json(rank_path(self.progress), {"done": done, "facts": self.facts, "state": state})
 
     def finish(self, rows: int | None = None, **more: Any) -> None:
@@ -360,8 +380,9 @@ class ArrayWriter:
 
         `more` are further facts, known only now. Waits for all ranks.
         """
-        self.array.flush()
+        self._flush()
         distributed.all_agree(True)
+        self.file.close()
         if rows is not None and rows < len(self.array):
             self._cut(rows)
         del self.array
