@@ -9,6 +9,7 @@ import glob
 import hashlib
 import io
 import json
+import mmap
 import os
 import platform
 import shlex
@@ -263,6 +264,15 @@ def open_array(path: Path, made_by: str) -> tuple[np.ndarray, Facts]:
             f"run {made_by} again with --overwrite"
         )
     return array, facts
+
+
+def release(array: np.ndarray) -> None:
+    """Give back what was read of a memory map: it stays in the system's cache, and leaves this process's memory.
+
+    Without this a long run comes to hold the whole file. Nothing happens to other arrays.
+    """
+    if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def check_disk(folder: Path, needed: int) -> None:
