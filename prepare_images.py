@@ -79,7 +79,7 @@ def prepare(
                     raise UserError(f"{result} (--strict)")
                 rejected[index] = result
             else:
-                writer.array[writer.done] = result
+                writer.put(writer.done, result[None])
                 writer.done += 1
             progress.update(note=f"{len(rejected)} rejected" if rejected else "")
             if (writer.done + len(rejected)) % MARK_EVERY == 0:

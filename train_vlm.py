@@ -141,7 +141,9 @@ def read_batch(features: np.ndarray, images: np.ndarray, device: object) -> "tor
     """Rows of stored features (N, H, W, D) as a float32 tensor (B, D, H, W)."""
     import torch
 
-    return torch.from_numpy(features[images]).to(device, torch.float32).permute(0, 3, 1, 2)
+    rows = features[images]
+    artefacts.release(features)
+    return torch.from_numpy(rows).to(device, torch.float32).permute(0, 3, 1, 2)
 
 
 def validate(layer: "LayerModel", features: np.ndarray, rows: np.ndarray, device: object) -> dict[str, float]:

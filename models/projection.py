@@ -23,11 +23,16 @@ class Moments:
 
     def update(self, features: Tensor) -> None:
         """Add a batch of features (N, C, H, W) or (N, C), of any floating type."""
-        x = features.detach().cpu().double().flatten(2) if features.ndim == 4 else features.detach().cpu().double()
-        others = tuple(d for d in range(x.ndim) if d != 1)
+        x = features.detach()
+        x = x.cpu() if x.device.type == "mps" else x  # Apple's GPUs have no float64
+        sums = torch.zeros(2, len(self.sums), dtype=torch.float64, device=x.device)
+        for image in x:  # one at a time: its float64 copy stays in the processor's cache
+            values = image.to(torch.float64, copy=True).reshape(len(image), -1)  # (C, H·W)
+            sums[0] += values.sum(1)
+            sums[1] += values.square_().sum(1)
         self.count += x.numel() // x.shape[1]
-        self.sums += x.sum(others)
-        self.squares += x.square().sum(others)
+        self.sums += sums[0].cpu()
+        self.squares += sums[1].cpu()
 
     @property
     def mean(self) -> Tensor:
@@ -111,6 +116,13 @@ class Projection(nn.Module):
     def size(self) -> int:
         """D, the number of components kept."""
         return self.components.shape[0]
+
+    def as_product(self) -> tuple[Tensor, Tensor]:
+        """The same map as one product, p = W x + b: W (D, C) and b (D,), folded in float64."""
+        components = self.components.double()
+        weight = components / self.std.double()
+        offset = -weight @ self.mean.double() - components @ self.pca_mean.double()
+        return weight.float(), offset.float()
 
     def standardise(self, x: Tensor) -> Tensor:
         """(N, C, H, W) raw features -> zero mean and unit variance per channel."""

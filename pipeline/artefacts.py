@@ -9,6 +9,7 @@ import glob
 import hashlib
 import io
 import json
+import mmap
 import os
 import platform
 import shlex
@@ -265,6 +266,15 @@ def open_array(path: Path, made_by: str) -> tuple[np.ndarray, Facts]:
     return array, facts
 
 
+def release(array: np.ndarray) -> None:
+    """Give back what was read of a memory map: it stays in the system's cache, and leaves this process's memory.
+
+    Without this a long run comes to hold the whole file. Nothing happens to other arrays.
+    """
+    if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        array.base.madvise(mmap.MADV_DONTNEED)
+
+
 def check_disk(folder: Path, needed: int) -> None:
     """Raise a NoRoomError if the disk of `folder` has less than `needed` bytes free."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -295,7 +305,10 @@ def format_bytes(count: float) -> str:
 
 
 class ArrayWriter:
-    """A `.npy` file written row by row through a memory map, which survives being killed.
+    """A `.npy` file written row by row, which survives being killed.
+
+    `array` is a memory map of it, for reading. Rows are written as bytes of the file: stored through the map, whole
+    pages would travel to a shared disk, with the rows of another machine in them, and would count as memory.
 
     Rows that were reported with `mark` before the kill are kept: a writer opened again with the same facts goes on
     from there. Several ranks open it together, each for its own rows; they go on if each of them can.
@@ -325,7 +338,8 @@ class ArrayWriter:
             self.done, self.state = int(noted["done"]), dict(noted["state"])
         else:
             distributed.first(lambda: self._create(shape, dtype))
-        self.array = np.load(self.partial, mmap_mode="r+", allow_pickle=False)
+        self.array = np.load(self.partial, mmap_mode="r", allow_pickle=False)
+        self.file = self.partial.open("rb+")
 
     def _resumable(self) -> Facts | None:
         """What an earlier run noted of its progress, where its partial file can be continued."""
@@ -350,9 +364,25 @@ class ArrayWriter:
             self.partial.unlink(missing_ok=True)
             raise NoRoomError(message) from None
 
+    def put(self, first: int, rows: np.ndarray) -> None:
+        """Write rows (n, …) from row `first` on, in the file's dtype."""
+        if rows.shape[1:] != self.array.shape[1:] or not 0 <= first <= first + len(rows) <= len(self.array):
+            raise ValueError(f"rows {first} to {first + len(rows)} of {rows.shape[1:]} in {self.array.shape}")
+        self.file.seek(self.array.offset + first * self.array[:1].nbytes)
+        try:
+            self.file.write(np.ascontiguousarray(rows, self.array.dtype).data)
+        except OSError as error:  # only where `reserve` cannot reserve
+            if error.errno not in FULL:
+                raise
+            raise NoRoomError(_no_room(self.path, self.partial, rows.nbytes, error)) from None
+
+    def _flush(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
     def mark(self, done: int, **state: Any) -> None:
         """Record on disk that this process's rows before `done` are final, with any other JSON state."""
-        self.array.flush()
+        self._flush()
         write_json(rank_path(self.progress), {"done": done, "facts": self.facts, "state": state})
 
     def finish(self, rows: int | None = None, **more: Any) -> None:
@@ -360,8 +390,9 @@ class ArrayWriter:
 
         `more` are further facts, known only now. Waits for all ranks.
         """
-        self.array.flush()
+        self._flush()
         distributed.all_agree(True)
+        self.file.close()
         if rows is not None and rows < len(self.array):
             self._cut(rows)
         del self.array

@@ -43,13 +43,17 @@ def layer_size(architecture: Architecture, layer: str) -> tuple[int, int, int]:
     return (*architecture.grid(layer, *architecture.crop), (architecture.channels(layer) + 1) // 2)
 
 
+def predicted(height: int, width: int) -> int:
+    """Vectors that the four directions predict on one feature map."""
+    return 2 * ((height - 1) * width + (width - 1) * height)
+
+
 def update_flops(architecture: Architecture, layers: list[str], batch: int) -> float:
     """Floating-point operations of one training update of the language models."""
     total = 0.0
     for layer in layers:
         h, w, d = layer_size(architecture, layer)
-        predicted = 2 * ((h - 1) * w + (w - 1) * h)  # of four directions
-        total += BACKWARD * batch * predicted * SEQUENCE_FLOPS * d * d
+        total += BACKWARD * batch * predicted(h, w) * SEQUENCE_FLOPS * d * d
     return total
 
 

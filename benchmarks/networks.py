@@ -1,0 +1,27 @@
+"""CNNs with random weights, up to a tap: speed does not depend on what the weights are."""
+
+import torch
+
+from benchmarks.timing import SEED, Setup
+from models.backbones import ARCHITECTURES, Backbone
+from models.projection import Projection
+
+
+def make_backbone(name: str, upto: str, setup: Setup) -> Backbone:
+    """Convolutions up to a tap, He-initialised."""
+    architecture = ARCHITECTURES[name]
+    generator = torch.Generator().manual_seed(SEED)
+    parameters = {}
+    for parameter, shape in architecture.parameter_shapes(upto).items():
+        if parameter.startswith("fc"):
+            continue
+        fan_in = torch.Size(shape[1:]).numel()
+        parameters[parameter] = torch.randn(shape, generator=generator) * (2 / fan_in) ** 0.5
+    return Backbone(architecture, parameters).to(setup.device).eval()
+
+
+def make_projection(channels: int) -> Projection:
+    """To half of the channels, rounded up."""
+    generator = torch.Generator().manual_seed(SEED)
+    components = torch.randn((channels + 1) // 2, channels, generator=generator) / channels**0.5
+    return Projection(torch.zeros(channels), torch.ones(channels), components, torch.zeros(channels))

@@ -1,0 +1,60 @@
+"""One iteration of reconstruction against the bare cost of its parts: CNN and language models, forward and backward."""
+
+import torch
+
+import reconstruct
+from benchmarks.networks import make_backbone, make_projection
+from benchmarks.timing import SEED, Figure, Report, Setup, ratio, seconds
+from models.backbones import Backbone
+from models.losses import ReconstructionLoss, default_layer_weights
+from models.optimizer import MomentumSGD
+from models.vlm import VisualLanguageModel
+
+GOAL = 1.15
+TARGET = "pool5"
+
+
+def make_parts(setup: Setup) -> tuple[Backbone, VisualLanguageModel, list[str]]:
+    """alexnet with language models of all weighted layers, random; and those layers."""
+    backbone = make_backbone("alexnet", TARGET, setup)
+    layers = ["conv5"] if setup.quick else list(default_layer_weights(backbone.architecture))
+    generator = torch.Generator().manual_seed(SEED)
+    vlm = VisualLanguageModel({name: make_projection(backbone.architecture.channels(name)) for name in layers}, {})
+    for name, parameter in vlm.named_parameters():
+        if "weight" in name:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
+    return backbone, vlm.freeze().to(setup.device), layers
+
+
+def measure(setup: Setup) -> Report:
+    """Iteration over the sum of its parts."""
+    backbone, vlm, layers = make_parts(setup)
+    architecture = backbone.architecture
+    channels = architecture.channels(TARGET)
+    generator = torch.Generator().manual_seed(SEED)
+    pixels = (60 * torch.randn(1, 3, *architecture.crop, generator=generator)).to(setup.device)
+    target = torch.randn(1, channels, *architecture.grid(TARGET, *architecture.crop), generator=generator)
+    loss = ReconstructionLoss(backbone, TARGET, target.to(setup.device), torch.ones(channels).to(setup.device), vlm)
+    moving = pixels.clone().requires_grad_()
+    optimizer = MomentumSGD([moving], lr=1e-3)
+    x = backbone.from_pixels(pixels).clone().requires_grad_()
+    taps = [*layers, TARGET]
+    features = {name: value.detach().requires_grad_() for name, value in backbone(x, taps).items()}
+    gradients = [torch.randn(value.shape, generator=generator).to(setup.device) for value in features.values()]
+
+    def iteration() -> None:
+        reconstruct.descend(loss, moving, optimizer, 1, lambda i, terms: None)
+
+    def network() -> None:
+        torch.autograd.grad(list(backbone(x, taps).values()), x, gradients)
+
+    def language_models() -> None:
+        losses = vlm.losses({layer: features[layer] for layer in layers})
+        torch.autograd.grad(sum(losses.values()), [features[layer] for layer in layers])
+
+    took = seconds({"iteration": iteration, "network": network, "language models": language_models}, setup)
+    bare = took["network"] + took["language models"]
+    parts = ", ".join(f"{name} {1e3 * sorted(values)[len(values) // 2]:.3g} ms" for name, values in took.items())
+    figure = Figure("reconstruction: iteration / its parts", ratio(took["iteration"], bare), goal=GOAL, at_most=True)
+    facts = {"layers": layers, "target": TARGET, "seconds": {name: values.tolist() for name, values in took.items()}}
+    return Report([Figure(**{**vars(figure), "note": parts})], facts)

@@ -1,0 +1,112 @@
+"""Speed, measured: every figure a ratio within one run, what is compared in turn and repeated, beside its goal.
+
+Out: OUT/benchmarks.json, every value of every round; OUT/benchmarks.md, the table that is also printed.
+
+    python benchmarks/run.py
+    python benchmarks/run.py --only training startup --repeats 9
+
+training: one update, against the original's scan, plain nn.LSTM and the machine's matrix product. extraction: both
+passes, against the bare network. memory: memory-mapped features against features in memory, memory against the number
+of images. reconstruction: one iteration, against its parts. startup: --help, loading. growth: fitted exponents of
+saliency in the image's area, of an update in batch, grid and components, beside the arithmetic's.
+
+Leave the machine alone meanwhile: the whole takes some minutes on two cores.
+"""
+
+import argparse
+import importlib
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).parent.parent)
+
+from pipeline import artefacts, cli, score_tables  # noqa: E402
+
+PARTS = ("training", "extraction", "memory", "reconstruction", "startup", "growth")
+HEAD = ("figure", "median", "min", "max", "goal", "", "note")
+
+
+def get_parser() -> cli.Parser:
+    """Options of this script."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help=", ".join(PARTS))
+    parser.add_argument("--repeats", type=cli.positive, default=5, help="rounds that count, after a first (default: 5)")
+    parser.add_argument("--threads", type=cli.positive, help="of torch (default: as many as it takes by itself)")
+    parser.add_argument("--device", choices=cli.DEVICES, default="auto", help="auto takes cuda, then mps, then cpu")
+    parser.add_argument(
+        "--out", type=cli.writable_folder, default=Path("out/benchmarks"), help="folder (default: out/benchmarks)"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that all of it runs, measures nothing")
+    return parser
+
+
+def machine(threads: int, device: Any) -> dict[str, Any]:
+    """What was measured on."""
+    processor = platform.processor() or platform.machine()
+    described = Path("/proc/cpuinfo")
+    if described.is_file():
+        names = [line.split(":", 1)[1].strip() for line in described.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "device": str(device),
+        "load_before": load,
+    }
+
+
+def write(out: Path, results: dict[str, Any], lines: list[list[str]]) -> str:
+    """Both files; returns the table."""
+    about = results["machine"]
+    table = (
+        f"{about['device']}, {about['threads']} threads of {about['cores']} cores of {about['processor']}; load before "
+        f"{about['load_before']}; {results['arguments']['repeats']} rounds; torch {results['versions']['torch']}\n\n"
+        f"{score_tables.table(HEAD, lines)}\n"
+    )
+    artefacts.write_json(out / "benchmarks.json", results)
+    artefacts.write_text(out / "benchmarks.md", table)
+    return table
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure the parts asked for; what is done is on disk after each."""
+    args = get_parser().parse_args(argv)
+    device = cli.pick_device(args.device)
+    cli.announce(args, device)
+    import torch
+
+    from benchmarks.timing import Setup
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    results: dict[str, Any] = {
+        "versions": cli.versions(),
+        "machine": machine(torch.get_num_threads(), device),
+        "arguments": {"repeats": args.repeats, "quick": args.quick},
+        "parts": {},
+    }
+    lines: list[list[str]] = []
+    table = ""
+    for name in dict.fromkeys(args.only):
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            setup = Setup(args.repeats, device, torch.get_num_threads(), Path(folder), args.quick)
+            report = importlib.import_module(f"benchmarks.{name}").measure(setup)
+        took = time.monotonic() - began
+        print(f"{name}: {took:.0f} s", flush=True)
+        figures = [figure.as_json() for figure in report.figures]
+        results["parts"][name] = {"seconds": took, "figures": figures, "facts": report.facts}
+        lines += [figure.as_cells() for figure in report.figures]
+        table = write(args.out, results, lines)
+    print(f"\n{table}\n{args.out}: benchmarks.json, benchmarks.md")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,131 @@
+"""What the benchmarks share: interleaved timing, figures with goals, the machine's matrix product, growth rates."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How to measure: rounds, device, threads of torch, an empty folder, whether tiny sizes are enough."""
+
+    repeats: int
+    device: "torch.device"
+    threads: int
+    folder: Path
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured quantity, a value per round.
+
+    `goal` is what the median shall reach: at least, or (`at_most`) at most. `note` says how it was measured.
+    """
+
+    name: str
+    values: tuple[float, ...]
+    unit: str = "×"
+    goal: float | None = None
+    at_most: bool = False
+    note: str = ""
+
+    @property
+    def median(self) -> float:
+        """Of the rounds."""
+        return float(np.median(self.values))
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median reaches the goal; None without one."""
+        if self.goal is None:
+            return None
+        return self.median <= self.goal if self.at_most else self.median >= self.goal
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        spread = {"median": self.median, "min": min(self.values), "max": max(self.values), "values": list(self.values)}
+        goal = {"goal": self.goal, "at_most": self.at_most, "met": self.met}
+        return {"name": self.name, "unit": self.unit, **spread, **goal, "note": self.note}
+
+    def as_cells(self) -> list[str]:
+        """Cells of the table: name, median, min, max, goal, met or missed, note."""
+        numbers = [self._show(value) for value in (self.median, min(self.values), max(self.values))]
+        goal = "" if self.goal is None else f"{'≤' if self.at_most else '≥'} {self._show(self.goal)}"
+        return [self.name, *numbers, goal, {None: "", True: "met", False: "missed"}[self.met], self.note]
+
+    def _show(self, value: float) -> str:
+        if self.unit == "%":
+            return f"{100 * value:.1f} %"
+        return f"{value:.3g} {self.unit}".strip() if abs(value) < 1000 else f"{value:.0f} {self.unit}".strip()
+
+
+@dataclass
+class Report:
+    """What one part measured: its figures, and facts that explain them."""
+
+    figures: list[Figure] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def seconds(functions: Mapping[str, Callable[[], object]], setup: Setup) -> dict[str, np.ndarray]:
+    """Seconds (R,) of every function by name, one value per round.
+
+    In each round all run once, one after the other, each time beginning with another, so that neither a slow moment
+    nor what the predecessor left in the caches favours one. A first round is not counted.
+    """
+    names = list(functions)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(setup.repeats + 1):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            _wait(setup)
+            began = time.perf_counter()
+            functions[name]()
+            _wait(setup)
+            taken[name].append(time.perf_counter() - began)
+    return {name: np.array(values[1:]) for name, values in taken.items()}
+
+
+def _wait(setup: Setup) -> None:
+    if setup.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, ...]:
+    """Round by round."""
+    return tuple((above / below).tolist())
+
+
+class MatrixProduct:
+    """A product of two large square float32 matrices: what the machine reaches at best (sgemm)."""
+
+    def __init__(self, setup: Setup):
+        import torch
+
+        size = 64 if setup.quick else 2048 if setup.device.type == "cpu" else 8192
+        generator = torch.Generator().manual_seed(SEED)
+        self.a, self.b = (torch.randn(size, size, generator=generator).to(setup.device) for _ in range(2))
+        self.out = torch.empty_like(self.a)
+        self.flops = 2.0 * size**3
+
+    def __call__(self) -> None:
+        import torch
+
+        torch.mm(self.a, self.b, out=self.out)
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """x of the power law size^x that fits best: the slope of a line through the logarithms."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
