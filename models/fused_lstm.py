@@ -26,25 +26,28 @@ class _FusedLSTM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         """Hidden states (T, K, D, B); what was read, gates and cells are kept for backward."""
-        steps, k, i, b = x.shape
+        steps, k, inputs, b = x.shape
         d = weight.shape[1] // 4
         weight = weight.clone()
         weight[:, 2 * d : 3 * d] *= 2
-        seen = x.new_empty(steps + 1, k, i + d + 1, b)  # rows: input of step t, hidden state before it, ones
-        seen[:-1, :, :i] = x
-        seen[0, :, i:-1] = 0
+        seen = x.new_empty(steps + 1, k, inputs + d + 1, b)  # rows: input of step t, hidden state before it, ones
+        seen[:-1, :, :inputs] = x
+        seen[0, :, inputs:-1] = 0
         seen[:, :, -1] = 1
+        hidden = seen[1:, :, inputs:-1]
         gates = x.new_empty(steps, k, 4 * d, b)  # after σ
         minus_cells, squashed = (x.new_empty(steps, k, d, b) for _ in range(2))  # -cell, σ(-2·cell)
-        for t in range(steps):
-            i_, f, c, o = torch.bmm(weight, seen[t], out=gates[t]).sigmoid_().split(d, dim=1)  # (K, D, B) each
-            torch.addcmul(i_, i_, c, value=-2, out=minus_cells[t])
-            if t:
-                minus_cells[t].addcmul_(f, minus_cells[t - 1])
-            torch.mul(minus_cells[t], 2, out=squashed[t]).sigmoid_()
-            torch.addcmul(o, o, squashed[t], value=-2, out=seen[t + 1, :, i:-1])
         ctx.save_for_backward(weight, seen, gates, minus_cells, squashed)
-        return seen[1:, :, i:-1]
+        i, f, c, o = (gate.unbind() for gate in gates.split(d, dim=2))  # (K, D, B) by step, as all that follow
+        reads, gates, cells, squashed, states = (v.unbind() for v in (seen, gates, minus_cells, squashed, hidden))
+        for t in range(steps):
+            torch.bmm(weight, reads[t], out=gates[t]).sigmoid_()
+            torch.addcmul(i[t], i[t], c[t], value=-2, out=cells[t])
+            if t:
+                cells[t].addcmul_(f[t], cells[t - 1])
+            torch.mul(cells[t], 2, out=squashed[t]).sigmoid_()
+            torch.addcmul(o[t], o[t], squashed[t], value=-2, out=states[t])
+        return hidden
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -56,29 +59,31 @@ class _FusedLSTM(torch.autograd.Function):
         back = weight.transpose(1, 2).clone()
         back[:, :, 2 * d : 3 * d] *= -2
         back_x, back_hidden = back[:, :inputs].contiguous(), back[:, inputs:-1].contiguous()
-        grad_x = seen.new_empty(len(gates), *back_x.shape[:2], seen.shape[3]) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        needs_x, needs_weight = ctx.needs_input_grad
+        grad_x = seen.new_empty(len(gates) if needs_x else 0, *back_x.shape[:2], seen.shape[3])
+        grad_weight = torch.zeros_like(weight)
         grad_cells, through = torch.zeros_like(squashed[0]), torch.empty_like(squashed[0])
         raw, grad_gates = torch.empty_like(gates[0]), torch.zeros_like(gates[0])
         raw_i, raw_f, raw_c, raw_o = raw.split(d, dim=1)
+        i, f, c, o = (gate.unbind() for gate in gates.split(d, dim=2))
+        reads, to_x = seen.transpose(2, 3).unbind(), grad_x.unbind() if needs_x else ()
+        gates, cells, squashed, grad = (v.unbind() for v in (gates, minus_cells, squashed, grad))
         for t in reversed(range(len(gates))):
-            i, f, c, o = gates[t].split(d, dim=1)
             grad_hidden = torch.baddbmm(grad[t], back_hidden, grad_gates)
             torch.addcmul(grad_hidden, grad_hidden, squashed[t], value=-2, out=raw_o)
-            torch.mul(grad_hidden, o, out=through)
+            torch.mul(grad_hidden, o[t], out=through)
             grad_cells.add_(sigmoid_backward(through, squashed[t], grad_input=through), alpha=-4)
-            torch.addcmul(grad_cells, grad_cells, c, value=-2, out=raw_i)
-            torch.mul(grad_cells, i, out=raw_c)
-            torch.mul(grad_cells, minus_cells[t - 1], out=raw_f) if t else raw_f.zero_()
-            grad_cells.mul_(f)
+            torch.addcmul(grad_cells, grad_cells, c[t], value=-2, out=raw_i)
+            torch.mul(grad_cells, i[t], out=raw_c)
+            torch.mul(grad_cells, cells[t - 1], out=raw_f) if t else raw_f.zero_()
+            grad_cells.mul_(f[t])
             sigmoid_backward(raw, gates[t], grad_input=grad_gates)
-            if grad_weight is not None:
-                grad_weight.baddbmm_(grad_gates, seen[t].transpose(1, 2))
-            if grad_x is not None:
-                torch.bmm(back_x, grad_gates, out=grad_x[t])
-        if grad_weight is not None:
-            grad_weight[:, 2 * d : 3 * d] *= -4  # -2 from above, 2 from the doubled rows
-        return grad_x, grad_weight
+            if needs_weight:
+                grad_weight.baddbmm_(grad_gates, reads[t])
+            if needs_x:
+                torch.bmm(back_x, grad_gates, out=to_x[t])
+        grad_weight[:, 2 * d : 3 * d] *= -4  # -2 from above, 2 from the doubled rows
+        return grad_x if needs_x else None, grad_weight if needs_weight else None
 
 
 def fused_lstm(x: Tensor, weight: Tensor) -> Tensor:

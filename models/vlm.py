@@ -18,6 +18,7 @@ Letters in shape comments: N images, D components, H × W grid, T steps along th
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import UserError
@@ -171,8 +172,8 @@ def fused_layer_loss(p: Tensor, models: Mapping[str, DirectionalModel]) -> Tenso
     for layer in ("l0", "l1"):
         names = ("weight_ih", "weight_hh", "bias_ih")
         hidden = fused_lstm(hidden, torch.cat([stacked(f"lstm.{name}_{layer}") for name in names], dim=2))
-    predictions = torch.matmul(stacked("linear.weight"), hidden) + stacked("linear.bias")
-    errors = (predictions - sequences[1:]).square().mean(dim=2)  # (T-1, 4, B)
+    predictions = torch.matmul(stacked("linear.weight"), hidden).add_(stacked("linear.bias"))
+    errors = F.mse_loss(predictions, sequences[1:], reduction="none").mean(dim=2)  # (T-1, 4, B)
     return (errors.mean(dim=2, dtype=accumulation_type(p)) * ramp(len(errors), p)[:, None]).mean()
 
 
