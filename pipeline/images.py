@@ -202,6 +202,8 @@ def output_name(text: str, hashed: str = "") -> str:
 
 def printable(text: str) -> str:
     """Text that can be written as UTF-8 and shown on a terminal, whatever bytes a file's name has."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
