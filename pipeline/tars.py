@@ -101,9 +101,10 @@ def _extension(file: BinaryIO, start: int, data: int, length: int, size: int, ki
     noted, position = {}, 0
     while position < len(content):  # records `<length> <key>=<value>\n`, whose length counts all of it
         digits, _, _ = content[position : position + 20].partition(b" ")
-        record = content[position : position + _decimal(digits)]
+        length = _decimal(digits)
+        record = content[position : position + length]
         key, _, value = record[len(digits) + 1 : -1].partition(b"=")
-        if not record.endswith(b"\n") or len(record) < len(digits) + 3:
+        if len(record) < max(length, len(digits) + 3) or not record.endswith(b"\n"):
             raise TarError("damaged pax records")
         position += len(record)
         if key in (b"path", b"size"):
