@@ -112,6 +112,10 @@ def check_file(path: Path, name: str | None = None) -> None:
         what = "is a folder" if stat.S_ISDIR(status.st_mode) else "is no regular file"
         raise UserError(f"{name} {what}: give an image file")
     check_bytes(status.st_size, name)
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {str(error.strerror).lower()}") from None
 
 
 def check_bytes(size: int, name: str) -> None:
