@@ -348,12 +348,13 @@ def read_feature(path: Path, backbone: "Backbone", tap: str) -> "torch.Tensor":
         stored = artefacts.map_array(path)
     except ValueError as error:
         raise UserError(f"{path} is not a readable .npy array ({error}): give another feature") from None
-    with np.errstate(over="ignore"):
-        feature = stored.astype(np.float32) if stored.dtype.kind == "f" and stored.ndim <= 4 else None
-    if feature is None or not np.isfinite(feature).all():
-        raise UserError(f"{path} is {stored.dtype} {stored.shape}, or holds NaN: give a feature of finite floats")
-    tensor = torch.from_numpy(feature)
     dims = 2 if tap in backbone.architecture.fully_connected else 4
+    fits = stored.dtype.kind == "f" and stored.ndim in (dims - 1, dims) and stored.size
+    with np.errstate(over="ignore"):
+        feature = stored.astype(np.float32) if fits else None
+    if feature is None or not np.isfinite(feature).all():
+        raise UserError(f"{path} is {stored.dtype} {stored.shape}, or holds NaN: give finite floats of {tap}")
+    tensor = torch.from_numpy(feature)
     return (tensor if tensor.ndim == dims else tensor[None]).to(backbone.device)
 
 
