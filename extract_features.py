@@ -132,13 +132,14 @@ class Statistics:
                     return
                 for tap, m in self.moments.items():
                     m.count = int(noted[f"count.{tap}"])
-                    m.sums, m.squares = (torch.from_numpy(noted[f"{name}.{tap}"]) for name in ("sums", "squares"))
+                    m.sums.copy_(torch.from_numpy(noted[f"sums.{tap}"]))
+                    m.squares.copy_(torch.from_numpy(noted[f"squares.{tap}"]))
                 for layer, values in self.samples.items():
                     values[:] = noted[f"samples.{layer}"]
                 self.done = int(noted["done"])
         except FileNotFoundError:
             return
-        except (ValueError, KeyError, OSError) as error:
+        except Exception as error:  # a damaged archive makes numpy and zipfile raise nearly anything
             raise UserError(f"{path} is damaged ({error}): remove it and run again") from None
 
     def reduce(self) -> None:
@@ -350,8 +351,9 @@ def extract(args, folder: Path, device: "torch.device") -> None:
     """Read the inputs, describe the results, make what of them is missing."""
     from models.checkpoints import PROJECTION_PARTS
     from models.projection import Projection
+    from pipeline.images import open_stored
 
-    images, source = artefacts.open_array(args.images or args.root / "images.npy", "prepare_images.py")
+    images, source = open_stored(args.images or args.root / "images.npy")
     images = images[: args.limit]
     cli.announce(args, device)
     backbone, weights = cli.load_backbone(args, args.backbone, [*(args.layers or []), *(args.statistics or [])], device)

@@ -26,7 +26,7 @@ from pipeline.images import STORED_SIZE, resize_to_square
 from pipeline.sources import Crop, Entry, fingerprint, list_images
 
 MOST_WORKERS = 64  # more threads would only hold more decoded images
-MARK_EVERY = 256  # images between two notes of progress on disk
+MARK_EVERY = 256  # images between two notes of progress on disk; more where many were rejected, as each is noted
 
 
 def load_square(entry: Entry | Crop) -> np.ndarray | str:
@@ -67,11 +67,14 @@ def prepare(
     Raises:
         UserError: an unreadable file under `strict`, or nothing readable at all.
     """
-    size = len(entries) * STORED_SIZE * STORED_SIZE * 3
+    rows = sum(not getattr(entry, "problem", "") for entry in entries)
+    size = rows * STORED_SIZE * STORED_SIZE * 3
     print(f"{len(entries)} images, {artefacts.format_bytes(size)} in {out}", flush=True)
-    writer = artefacts.ArrayWriter(out, (len(entries), STORED_SIZE, STORED_SIZE, 3), "uint8", facts)
-    rejected = {int(index): reason for index, reason in writer.state.get("rejected", {}).items()}
-    first = writer.done + len(rejected)
+    if not rows:
+        raise nothing_readable(out, entries, {i: str(load_square(entry)) for i, entry in enumerate(entries)})
+    writer = artefacts.ArrayWriter(out, (rows, STORED_SIZE, STORED_SIZE, 3), "uint8", facts)
+    rejected = noted_rejections(writer, len(entries))
+    first = marked = writer.done + len(rejected)
     with cli.Progress(len(entries), "preparing", "images", first) as progress, cli.SafePoints() as signals:
         for index, result in enumerate(load_in_order(entries[first:], workers), first):
             if isinstance(result, str):
@@ -82,12 +85,13 @@ def prepare(
                 writer.put(writer.done, result[None])
                 writer.done += 1
             progress.update(note=f"{len(rejected)} rejected" if rejected else "")
-            if (writer.done + len(rejected)) % MARK_EVERY == 0:
+            if index + 1 - marked >= max(MARK_EVERY, len(rejected)):
                 writer.mark(writer.done, rejected=rejected)
+                marked = index + 1
             signals.check(lambda: writer.mark(writer.done, rejected=rejected))
     if not writer.done:
-        raise UserError(f"none of the {len(entries)} files is a readable image, the first: {rejected[0]}")
-    write_rejected(out.parent / "rejected.csv", [(entries[i].name, reason) for i, reason in rejected.items()])
+        raise nothing_readable(out, entries, rejected)
+    write_rejected(out, entries, rejected)
     writer.finish(
         rows=writer.done,
         content_sha256=artefacts.hash_rows(writer.array[: writer.done]),
@@ -98,11 +102,28 @@ def prepare(
     return rejected
 
 
-def write_rejected(path: Path, rejected: list[tuple[str, str]]) -> None:
-    """Names and reasons as CSV."""
+def noted_rejections(writer: artefacts.ArrayWriter, count: int) -> dict[int, str]:
+    """Reasons by index that an earlier run noted; a note that cannot be of `count` entries is one of nothing done."""
+    noted = writer.state.get("rejected", {})
+    reasons = {int(i): str(reason) for i, reason in noted.items() if i.isdecimal()} if isinstance(noted, dict) else {}
+    if max(reasons, default=-1) < writer.done + len(reasons) <= count:
+        return reasons
+    writer.done = 0
+    return {}
+
+
+def nothing_readable(out: Path, entries: list[Entry] | list[Crop], rejected: dict[int, str]) -> UserError:
+    """Where no entry is an image: lists them, leaves no array behind, and returns what to say."""
+    write_rejected(out, entries, rejected)
+    artefacts.discard_partial(out)
+    return UserError(f"none of the {len(entries)} files is a readable image, the first: {rejected[0]}")
+
+
+def write_rejected(out: Path, entries: list[Entry] | list[Crop], rejected: dict[int, str]) -> None:
+    """Names and reasons as CSV, beside `out`."""
     text = io.StringIO()
-    csv.writer(text).writerows([("name", "reason"), *rejected])
-    artefacts.write_text(path, text.getvalue())
+    csv.writer(text).writerows([("name", "reason"), *((entries[i].name, reason) for i, reason in rejected.items())])
+    artefacts.write_text(out.parent / "rejected.csv", text.getvalue())
 
 
 def get_parser() -> cli.Parser:
@@ -139,6 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{out}: {len(entries) - len(rejected)} images, {len(rejected)} rejected")
     for reason in list(rejected.values())[:5]:
         print(f"  rejected: {reason}")
+    if len(rejected) > 5:
+        print(f"  … all of them are listed in {out.parent / 'rejected.csv'}")
 
 
 if __name__ == "__main__":

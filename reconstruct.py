@@ -275,30 +275,28 @@ def resolve_defaults(args, backbone: str) -> None:
         raise UserError(f"every descent of {args.regularizer} starts from the same image: use --restarts 1")
 
 
-def list_sources(args, configuration: dict) -> list[Source]:
-    """What is to be inverted, in order.
+def list_sources(args, configuration: dict) -> tuple[list[Source], list[str]]:
+    """What is to be inverted, in order, and a line for every input that gives nothing.
 
     Raises:
-        UserError: nothing, or something that is not there.
+        UserError: nothing to invert, or rows that are not there.
     """
-    from pipeline.images import list_images
+    from pipeline.images import list_images, open_stored, output_name
 
-    files = list_images(args.inputs) if args.inputs else {}
+    files, problems = list_images(args.inputs) if args.inputs else ({}, [])
     sources = [Source(name, path) for name, path in files.items()]
-    for path in files.values():
-        if not path.is_file():
-            raise UserError(f"{path} does not exist: give an image or a .npy feature")
     if args.rows or args.held_out:
         path = args.images or args.root / "images.npy"
-        images, facts = artefacts.open_array(path, "prepare_images.py")
+        images, facts = open_stored(path)
         rows = [*(args.rows or []), *(held_out_rows(configuration, facts) if args.held_out else [])]
         for row in dict.fromkeys(rows):
             if row >= len(images):
                 raise UserError(f"{path} has no row {row}: it holds {len(images)} images")
-            sources.append(Source(f"{row:05d}-{Path(facts['names'][row]).stem}", path, row))
+            name = output_name(f"{row:05d}-{Path(facts['names'][row]).stem}")
+            sources.append(Source(name if name not in files else f"row-{name}", path, row))
     if not sources:
         raise UserError("nothing to reconstruct: give images, --rows or --held-out")
-    return sources
+    return sources, problems
 
 
 def held_out_rows(configuration: dict, images: artefacts.Facts) -> list[int]:
@@ -324,7 +322,7 @@ def read_source(source: Source, backbone: "Backbone", tap: str) -> "tuple[torch.
     import torch
 
     from models.backbones import centre_crop
-    from pipeline.images import fit_to, read_rgb
+    from pipeline.images import check_file, fit_to, read_rgb
 
     crop = backbone.architecture.crop
     if source.row is not None:
@@ -332,6 +330,7 @@ def read_source(source: Source, backbone: "Backbone", tap: str) -> "tuple[torch.
         x = centre_crop(torch.from_numpy(stored).permute(2, 0, 1)[None], *crop)  # (1, 3, h, w)
         digest = artefacts.hash_rows(stored)
     else:
+        check_file(source.path)
         digest = artefacts.file_sha256(source.path)
         if source.path.suffix == ".npy":
             return read_feature(source.path, backbone, tap), None, digest
@@ -346,13 +345,16 @@ def read_feature(path: Path, backbone: "Backbone", tap: str) -> "torch.Tensor":
     import torch
 
     try:
-        feature = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        stored = artefacts.map_array(path)
+    except ValueError as error:
         raise UserError(f"{path} is not a readable .npy array ({error}): give another feature") from None
-    if feature.dtype.kind != "f" or not np.isfinite(feature).all():
-        raise UserError(f"{path} holds {feature.dtype} values or NaN: give finite floats")
-    tensor = torch.from_numpy(feature.astype(np.float32))
     dims = 2 if tap in backbone.architecture.fully_connected else 4
+    fits = stored.dtype.kind == "f" and stored.ndim in (dims - 1, dims) and stored.size
+    with np.errstate(over="ignore"):
+        feature = stored.astype(np.float32) if fits else None
+    if feature is None or not np.isfinite(feature).all():
+        raise UserError(f"{path} is {stored.dtype} {stored.shape}, or holds NaN: give finite floats of {tap}")
+    tensor = torch.from_numpy(feature)
     return (tensor if tensor.ndim == dims else tensor[None]).to(backbone.device)
 
 
@@ -410,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
 
     checkpoint = args.vlm or args.root / "vlm.safetensors"
     vlm, configuration = load_vlm(checkpoint)
-    sources = list_sources(args, configuration)
+    sources, problems = list_sources(args, configuration)
     resolve_defaults(args, configuration["backbone"])
     device = cli.pick_device(args.device)
     cli.announce(args, device)
@@ -429,17 +431,20 @@ def main(argv: list[str] | None = None) -> int:
         **{key: getattr(args, key) for key in ("restarts", "seed")},
     }
     reader = vlm.freeze().to(device) if regularizer.vlm else None
-    failed = 0
+    failed = len(problems)
+    for problem in problems:
+        print(f"reconstruct.py: {problem}", file=sys.stderr)
     for number, source in enumerate(sources, start=1):
         if len(sources) > 1:
             print(f"{number}/{len(sources)} {source.name}", flush=True)
         try:
             reconstruct(args, source, output_folder(args, source), backbone, reader, statistics, facts)
-        except UserError as error:
-            if len(sources) == 1:
+        except Exception as error:
+            line = cli.explanation(error)
+            if line is None or len(sources) == 1 or isinstance(error, artefacts.NoRoomError):
                 raise
             failed += 1
-            print(f"reconstruct.py: {source.name}: {error}", file=sys.stderr)
+            print(f"reconstruct.py: {source.name}: {line}", file=sys.stderr)
     return 2 if failed else 0
 
 

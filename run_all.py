@@ -117,19 +117,20 @@ def figure(args: argparse.Namespace) -> Path:
     import numpy as np
 
     from pipeline.figures import picture_row
-    from pipeline.images import read_rgb
+    from pipeline.images import output_name, read_rgb
 
     image = args.image or sample_image()
+    name = output_name(image.stem)
     target = PRESETS[args.preset]["reconstruct"]["target"].value
     pictures = {"image": read_rgb(image)}
     for regularizer, title in (("vlm", "with language model"), ("none", "without")):
-        folder = args.root / "reconstructions" / f"{image.stem}-{target}-{regularizer}"
+        folder = args.root / "reconstructions" / f"{name}-{target}-{regularizer}"
         if (folder / "reconstruction.png").is_file():
             pictures[f"{target} {title}"] = read_rgb(folder / "reconstruction.png")
-    saliency = args.root / "saliency" / f"{image.stem}.npy"
+    saliency = args.root / "saliency" / f"{name}.npy"
     if saliency.is_file():
-        pictures["saliency"] = np.load(saliency, allow_pickle=False).astype(np.float32)
-        pictures["overlay"] = read_rgb(saliency.with_name(f"{image.stem}-overlay.png"))
+        pictures["saliency"] = artefacts.open_array(saliency, "saliency.py")[0].astype(np.float32)
+        pictures["overlay"] = read_rgb(saliency.with_name(f"{name}-overlay.png"))
     path = args.root / "figures" / "summary.png"
     picture_row(pictures, path)
     return path

@@ -146,9 +146,9 @@ def main(argv: list[str] | None = None) -> None:
 def write_figure(args, pictures: dict[str, np.ndarray], maps: dict[str, np.ndarray]) -> None:
     """figure.png: photo, reconstructions and saliency above the unnaturalness maps of all layers."""
     from pipeline.figures import picture_grid
-    from pipeline.images import read_rgb
+    from pipeline.images import output_name, read_rgb
 
-    overlay = read_rgb(args.out / "saliency" / f"{args.image.stem}-overlay.png")
+    overlay = read_rgb(args.out / "saliency" / f"{output_name(args.image.stem)}-overlay.png")
     top = {**pictures, "saliency": overlay}
     picture_grid([top, {f"unnaturalness\n{name}": values for name, values in maps.items()}], args.out / "figure.png")
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from models.backbones import Backbone
     from models.vlm import VisualLanguageModel
 
+SUFFIXES = ("-overlay", "-unnaturalness")  # behind an image's name in its outputs
+
 
 def write_maps(out: Path, name: str, rgb: np.ndarray, raw: np.ndarray, saliency: np.ndarray, facts: dict) -> None:
     """All files of one image; the sidecar of the saliency map comes last."""
@@ -60,14 +62,16 @@ def process(
 ) -> str:
     """One image from file to maps; returns what was done."""
     from models.saliency import postprocess, postprocess_original, unnaturalness_map
-    from pipeline.images import limit_side, read_rgb
+    from pipeline.images import check_file, limit_side, read_rgb
 
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: give an image file")
+    check_file(path)
     facts = {**facts, "input_sha256": artefacts.file_sha256(path)}
     if artefacts.is_finished(out / f"{name}.npy", facts, args.overwrite):
         return "finished before"
     rgb = limit_side(read_rgb(path), args.max_side)
+    if backbone.device.type == "cpu":
+        needed = backbone.architecture.memory(args.layer, *rgb.shape[:2])
+        artefacts.check_memory(f"{rgb.shape[1]}×{rgb.shape[0]} pixels, which --max-side can shrink,", needed)
     raw = unnaturalness_map(backbone, vlm, rgb, args.layer)
     finish = postprocess_original if args.postprocess == "original" else postprocess
     stride = backbone.architecture.stride(args.layer)
@@ -88,9 +92,9 @@ def main(argv: list[str] | None = None) -> int:
 def compute(args, out: Path, device: "torch.device") -> int:
     """The maps of all images, which the ranks share; 2 if any image could not be read."""
     from models.checkpoints import load_vlm
-    from pipeline.images import list_images
+    from pipeline.images import list_images, printable
 
-    files = list_images(args.inputs)
+    files, problems = list_images(args.inputs, SUFFIXES)
     checkpoint = args.vlm or args.root / "vlm.safetensors"
     vlm, configuration = load_vlm(checkpoint)
     args.layer = list(vlm.layers)[-1] if args.layer is None else args.layer
@@ -107,17 +111,25 @@ def compute(args, out: Path, device: "torch.device") -> int:
         **{key: getattr(args, key) for key in ("layer", "max_side", "power", "blur", "postprocess")},
     }
     mine, failed = distributed.share(list(files.items())), 0
+    if distributed.rank() == 0:
+        failed += len(problems)
+        for problem in problems:
+            print(f"saliency.py: {problem}", file=sys.stderr)
     with cli.Progress(len(mine), "saliency", "images") as progress:
         for name, path in mine:
             try:
                 progress.update(note=f"{name} {process(args, name, path, backbone, vlm, out, facts)}")
             except artefacts.NoRoomError:
                 raise
-            except UserError as error:
+            except Exception as error:
+                if (line := cli.explanation(error)) is None:
+                    raise
                 failed += 1
-                print(f"saliency.py: {error}", file=sys.stderr)
+                where = printable(str(path))
+                print(f"saliency.py: {'' if where in line else f'{where}: '}{line}", file=sys.stderr)
     failed = round(distributed.total(failed))
-    print(f"{out}: {len(files) - failed} saliency maps of {args.layer}" + (f", {failed} failed" if failed else ""))
+    done = len(files) + len(problems) - failed
+    print(f"{out}: {done} saliency maps of {args.layer}" + (f", {failed} failed" if failed else ""))
     return 2 if failed else 0
 
 

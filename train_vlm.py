@@ -259,10 +259,11 @@ class Run:
         sidecar = artefacts.sidecar_path(self.out)
         if self.iteration < self.schedule.iterations or not self.out.is_file() or not sidecar.is_file():
             return False
-        noted = artefacts.read_json(sidecar)
+        noted = artefacts.read_sidecar(self.out, "train_vlm.py")
         described = json.loads(json.dumps(self.describe()["training"]))
         whole = noted.get("sha256") == artefacts.file_sha256(self.out)
-        return whole and all(noted.get("training", {}).get(name) == facts for name, facts in described.items())
+        trained = noted.get("training")
+        return whole and isinstance(trained, dict) and all(trained.get(n) == facts for n, facts in described.items())
 
     def train(self, log_every: int, checkpoint_every: int) -> None:
         """Run the remaining updates.
@@ -442,9 +443,30 @@ def open_features(folder: Path, layers: list[str] | None) -> tuple[dict[str, np.
             raise UserError(
                 f"{folder / layer}.npy belongs to another projection: rerun extract_features.py --overwrite"
             )
+        check_features(
+            folder / f"{layer}.npy", features[layer], views[-1], tensors.get(f"{layer}.projection.components")
+        )
     if len({len(f) for f in features.values()}) > 1 or any(other != views[0] for other in views):
         raise UserError(f"{folder} holds features of differing images or views: rerun extract_features.py --overwrite")
     return features, tensors, {**configuration, "projection_sha256": digest, "views": views[0]}
+
+
+def check_features(path: Path, features: np.ndarray, views: artefacts.Facts, components: "torch.Tensor | None") -> None:
+    """Raise a UserError where stored features cannot be what stage 2 writes of a projection (D, C)."""
+    if components is None or components.ndim != 2:
+        raise UserError(f"the projection of {path} is missing: rerun extract_features.py --overwrite")
+    fits = features.ndim == 4 and features.dtype in (np.float32, np.float16) and min(features.shape) > 0
+    if not fits or features.shape[3] != len(components) or min(features.shape[1:3]) < 2:
+        raise UserError(
+            f"{path} is {features.dtype} {features.shape}, not float (N, H, W, {len(components)}) as its projection "
+            "gives: rerun extract_features.py --overwrite"
+        )
+    count = views.get("views", 1)
+    if type(count) is not int or count < 1 or len(features) % count:
+        raise UserError(
+            f"{path} holds {len(features)} rows, its sidecar says {artefacts.SHORT.repr(count)} views of each image: "
+            "rerun extract_features.py --overwrite"
+        )
 
 
 def get_parser() -> cli.Parser:

@@ -184,6 +184,16 @@ class Architecture:
                 break
         return total
 
+    def memory(self, layer: str, height: int, width: int) -> int:
+        """Bytes that a pass over one image to a tap needs at least: the largest two neighbouring float32 maps."""
+        channels, values = 3, [3 * height * width]
+        for o, h, w in zip(
+            self.operations, self._sizes(layer, height)[1:], self._sizes(layer, width)[1:], strict=False
+        ):
+            channels = getattr(o, "outputs", channels)
+            values.append(channels * max(h, 0) * max(w, 0))
+        return 4 * max(map(sum, zip(values, [*values[1:], 0], strict=True)))
+
     def minimum_size(self, layer: str, grid: int = 2) -> int:
         """Smallest input side that gives `grid` positions along that side of the tap."""
         size = 1
@@ -384,8 +394,9 @@ class Backbone(nn.Module):
             if not wanted:
                 break
             x = self._run(operation, x)
-            taps[operation.name] = x
-            wanted.discard(operation.name)
+            if operation.name in wanted:  # the others go as soon as nothing reads them
+                taps[operation.name] = x
+                wanted.discard(operation.name)
         return {layer: taps[layer] for layer in layers}
 
     def _run(self, operation: Operation, x: Tensor) -> Tensor:

@@ -2,14 +2,20 @@
 
 import hashlib
 import os
+import queue
 import re
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
 from models.errors import UserError
+
+if TYPE_CHECKING:
+    import requests
 
 CHUNK = 1 << 20
 SMALL_CHUNK = 1 << 14  # where a read waits until all it asked for is there
@@ -18,6 +24,7 @@ MAX_REDIRECTS = 5
 MAX_ATTEMPTS = 50  # requests to one mirror, however much each brings
 MINIMUM_RATE = 10_000  # bytes per second below which a server counts as stalling
 PATIENCE = 60.0  # seconds over which that rate is measured
+HEAD_PATIENCE = 60.0  # seconds for a host's address, connections, redirects and headers, all together
 Progress = Callable[[int, int | None], None]
 
 
@@ -193,15 +200,17 @@ def _continue_part(url: str, file: RemoteFile, part: Path, progress: Progress, t
         have = 0
     if have and have == file.size:
         return
+    answer = _Answer(url, have, timeout)
     try:
-        with _open(url, have, timeout) as response:
+        with answer:
+            response = answer.take(HEAD_PATIENCE)
             if response.status_code == 416 and have:  # nothing left to send: the part is whole, or of another file
                 if file.mismatch(part) is not None:
                     part.unlink()
                     raise _Broken("it refused to resume")
                 return
             have, total = _announced(response, have, file, part)
-            _append(response, part, have, total, file, progress)
+            _append(answer, part, have, total, file, progress)
             if total is not None and _size(part) < total:
                 raise _Broken("it sent less than it announced")
     except requests.ConnectionError as error:  # its ConnectTimeout included
@@ -227,14 +236,14 @@ def _announced(response, have: int, file: RemoteFile, part: Path) -> tuple[int, 
         raise _Broken(f"it answered {status}")
     if status not in (200, 206):
         raise _Refused(f"it answered {status}")
-    sent = re.match(r"bytes (\d+)-\d+/(\d+)?", response.headers.get("Content-Range", ""))
+    sent = re.match(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})?", response.headers.get("Content-Range", ""))
     if status == 206 and not (sent and int(sent[1]) == have):
         part.unlink(missing_ok=True)
         raise _Broken("it sent another range than asked for")
     start = have if status == 206 else 0
     length = response.headers.get("Content-Length", "")
-    total = start + int(length) if length.isdecimal() else file.size
-    if start and sent[2]:  # the range may end before the file does
+    total = start + int(length) if re.fullmatch(r"\d{1,18}", length) else file.size
+    if start and sent and sent[2]:  # the range may end before the file does
         total = int(sent[2])
     if total is not None and file.size is not None and total != file.size and not start:
         raise _Refused(f"its file has {total} bytes instead of {file.size}")
@@ -243,15 +252,12 @@ def _announced(response, have: int, file: RemoteFile, part: Path) -> tuple[int, 
     return start, total
 
 
-def _append(response, part: Path, have: int, total: int | None, file: RemoteFile, progress: Progress) -> None:
+def _append(answer: "_Answer", part: Path, have: int, total: int | None, file: RemoteFile, progress: Progress) -> None:
     """Write the body behind the first `have` bytes, at most to the size the file may have."""
     ceiling = file.size if file.size is not None else CEILING
     started, first = time.monotonic(), have
-    # read1 (urllib3 2.2) gives what has come: neither a stall nor a trickle holds back bytes or the clock
-    immediate = hasattr(response.raw, "read1")
-    read, amount = (response.raw.read1, CHUNK) if immediate else (response.raw.read, SMALL_CHUNK)
     with part.open("ab" if have else "wb") as out:
-        while chunk := read(amount, decode_content=False):
+        while chunk := answer.take(PATIENCE):
             if have + len(chunk) > ceiling:
                 out.close()
                 part.unlink()
@@ -262,6 +268,57 @@ def _append(response, part: Path, have: int, total: int | None, file: RemoteFile
             seconds = time.monotonic() - started
             if seconds > PATIENCE and (have - first) / seconds < MINIMUM_RATE:
                 raise _Slow("it stalls")
+
+
+class _Answer:
+    """A response, then the pieces of its body, then b"", read by a thread of its own.
+
+    A server can drag out what has no time limit: finding its address, endless interim answers, headers or trailers
+    that come byte by byte. The thread is then left behind; it writes nothing and ends with the process at the latest.
+    """
+
+    def __init__(self, url: str, have: int, timeout: float):
+        self.pieces: queue.Queue = queue.Queue(maxsize=4)
+        self.left = threading.Event()
+        threading.Thread(target=self._read, args=(url, have, timeout), daemon=True).start()
+
+    def __enter__(self) -> "_Answer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.left.set()
+
+    def take(self, patience: float) -> "requests.Response | bytes":
+        """The next piece, or what the thread raised; _Dead where `patience` seconds bring none."""
+        try:
+            piece = self.pieces.get(timeout=patience)
+        except queue.Empty:
+            raise _Dead("it timed out") from None
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
+
+    def _read(self, url: str, have: int, timeout: float) -> None:
+        try:
+            with _open(url, have, timeout) as response:
+                # read1 (urllib3 2.2) gives what has come: neither a stall nor a trickle holds back bytes or the clock
+                immediate = hasattr(response.raw, "read1")
+                read, amount = (response.raw.read1, CHUNK) if immediate else (response.raw.read, SMALL_CHUNK)
+                piece: requests.Response | bytes = response
+                while self._give(piece) and piece != b"":
+                    piece = read(amount, decode_content=False)
+        except Exception as error:
+            self._give(error)
+
+    def _give(self, piece: "requests.Response | bytes | Exception") -> bool:
+        """Hand a piece over; False where nobody waits for it any more."""
+        while not self.left.is_set():
+            try:
+                self.pieces.put(piece, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
 
 
 def _open(url: str, have: int, timeout: float):
@@ -278,6 +335,8 @@ def _open(url: str, have: int, timeout: float):
                 return response
             response.close()
             target = urljoin(url, response.headers["Location"])
+        except requests.exceptions.InvalidHeader:
+            raise _Refused("no usable answer (InvalidHeader)") from None
         except ValueError:  # of a redirect too: requests looks where it leads
             raise _Refused("no valid address") from None
         scheme = urlsplit(target).scheme

@@ -12,10 +12,12 @@ import json
 import mmap
 import os
 import platform
+import reprlib
 import shlex
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -33,6 +35,9 @@ PARTIAL = ".partial"
 PROGRESS = ".progress"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: numpy reports a short write without a number
 Facts = dict[str, Any]
+SHORT = reprlib.Repr()  # of facts, which may be anything where a sidecar was edited
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 80
+SHORT.maxlist = SHORT.maxdict = 20
 
 
 class NoRoomError(UserError):
@@ -212,7 +217,7 @@ def read_sidecar(artefact: Path, made_by: str) -> Facts:
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """`key: found …, expected …` for every expected fact that a sidecar does not state."""
     return [
-        f"{key} is {found.get(key)!r}, not {value!r}"
+        f"{key} is {SHORT.repr(found.get(key))}, not {SHORT.repr(value)}"
         for key, value in expected.items()
         if found.get(key) != json.loads(json.dumps(value))
     ]
@@ -255,12 +260,13 @@ def open_array(path: Path, made_by: str) -> tuple[np.ndarray, Facts]:
     """
     facts = read_sidecar(path, made_by)
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        array = map_array(path)
+    except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}): run {made_by} again with --overwrite") from None
     if list(array.shape) != facts.get("shape") or str(array.dtype) != facts.get("dtype"):
         raise UserError(
-            f"{path} is {array.dtype} {array.shape}, its sidecar says {facts.get('dtype')} {facts.get('shape')}: "
+            f"{path} is {array.dtype} {array.shape}, its sidecar says {SHORT.repr(facts.get('dtype'))} "
+            f"{SHORT.repr(facts.get('shape'))}: "
             f"run {made_by} again with --overwrite"
         )
     return array, facts
@@ -273,6 +279,20 @@ def release(array: np.ndarray) -> None:
     """
     if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         array.base.madvise(mmap.MADV_DONTNEED)
+
+
+def map_array(path: Path, mode: str = "r") -> np.ndarray:
+    """The array of a `.npy` file, memory-mapped; objects are never unpickled, archives never opened.
+
+    Raises:
+        ValueError: the file is not one, or shorter than its header says.
+    """
+    try:
+        with np.errstate(all="ignore"), warnings.catch_warnings():  # of nonsense in the header
+            warnings.simplefilter("ignore")
+            return np.lib.format.open_memmap(path, mode=mode)
+    except Exception as error:  # a hostile header makes numpy raise nearly anything
+        raise ValueError(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from None
 
 
 def check_disk(folder: Path, needed: int) -> None:
@@ -338,17 +358,18 @@ class ArrayWriter:
             self.done, self.state = int(noted["done"]), dict(noted["state"])
         else:
             distributed.first(lambda: self._create(shape, dtype))
-        self.array = np.load(self.partial, mmap_mode="r", allow_pickle=False)
+        self.array = map_array(self.partial)
         self.file = self.partial.open("rb+")
 
     def _resumable(self) -> Facts | None:
         """What an earlier run noted of its progress, where its partial file can be continued."""
         try:
             noted = read_json(rank_path(self.progress))
-            array = np.load(self.partial, mmap_mode="r", allow_pickle=False)
+            array = map_array(self.partial)
             fits = list(array.shape) == self.facts["shape"] and str(array.dtype) == self.facts["dtype"]
-            fits &= noted["facts"] == self.facts and {"done", "state"} <= noted.keys()
-        except (UserError, ValueError, OSError, EOFError, KeyError, TypeError):
+            fits &= noted["facts"] == self.facts and isinstance(noted["state"], dict)
+            fits &= type(noted["done"]) is int and self.done <= noted["done"] <= self.stop
+        except (UserError, ValueError, KeyError, TypeError):
             return None
         return noted if fits else None
 

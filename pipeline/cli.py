@@ -456,6 +456,23 @@ class SafePoints:
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
+def explanation(error: Exception) -> str | None:
+    """The one line for what a user can mend; None for a bug, which keeps its traceback."""
+    if isinstance(error, UserError):
+        return one_line(str(error))
+    if isinstance(error, OSError) and error.errno in USERS_ERRORS:
+        where = str(error.filename or "the workspace")
+        return one_line(f"{where[:200]!r}: {error.strerror}; mend that and run again to go on")
+    if isinstance(error, MemoryError | RuntimeError) and lacks_memory(error):
+        return LACKS_MEMORY
+    return None
+
+
+def one_line(text: str) -> str:
+    """Text without line breaks, and without what would steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
 def run(main: Callable[[], int | None]) -> int:
     """Run a script's `main` and turn what ends it into an exit code.
 
@@ -470,19 +487,10 @@ def run(main: Callable[[], int | None]) -> int:
         return main() or 0
     except distributed.ElsewhereError:
         return 2
-    except UserError as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in USERS_ERRORS:
+    except Exception as error:
+        if (line := explanation(error)) is None:
             raise
-        where = str(error.filename or "the workspace")
-        print(f"{name}: {where[:200]!r}: {error.strerror}; mend that and run again to go on", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        if not lacks_memory(error):
-            raise
-        print(f"{name}: {LACKS_MEMORY}", file=sys.stderr)
+        print(f"{name}: {line}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Terminated) as stop:
         if distributed.rank() == 0:

@@ -29,7 +29,7 @@ import numpy as np
 from models.errors import UserError
 from models.fixation_metrics import fixations_elsewhere
 from pipeline.gaze import fixation_centres
-from pipeline.images import read_rgb
+from pipeline.images import open_image, read_rgb
 
 UNKNOWN_SUBJECT = -1
 COLUMNS = ("image", "subject", "x", "y")
@@ -99,10 +99,10 @@ def image_sizes(files: Iterable[Path]) -> dict[str, tuple[int, int]]:
 
 
 def _image_size(file: Path) -> tuple[int, int]:
-    from PIL import ExifTags, Image
+    from PIL import ExifTags
 
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             width, height = image.size
             rotated = image.getexif().get(ExifTags.Base.Orientation) in ROTATED
     except Exception:  # a header that Pillow chokes on: the reader of images says what is wrong

@@ -1,7 +1,18 @@
-"""Pictures in and out: every mode that Pillow opens becomes 8-bit RGB."""
+"""Pictures in and out: every mode that Pillow opens becomes 8-bit RGB.
 
+Image files are not trusted. What cannot be read costs one UserError, whatever the file; Pillow's warnings are not
+printed; decoding takes memory for the pixels that its limit allows, and no program is started for any format.
+"""
+
+import hashlib
 import io
+import logging
+import stat
+import threading
 import warnings
+from collections import Counter
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -9,63 +20,217 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from models.errors import UserError
-from pipeline.artefacts import write_bytes
+from pipeline import artefacts
 
 STORED_SIZE = 256  # side of the training images (paper's code)
+MOST_BYTES = 1 << 30  # of an image file, more than any within Pillow's limit of pixels needs
+LARGE = 20_000_000  # pixels from which on images are decoded one after the other, however many threads there are
+LONGEST_NAME = 200  # bytes of an output's name: file systems allow 255, and suffixes follow
+# Pillow has Ghostscript run EPS, also inside IPTC; old versions unpack FITS without limit; the others have no decoder.
+REFUSED_FORMATS = ("EPS", "IPTC", "FITS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF")
+STRIP = 1 << 20  # values converted at a time
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # here, since doing so around each call is not safe with threads
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+_one_large_image = threading.Lock()
 
 
 def read_rgb(source: Path | BinaryIO, name: str | None = None) -> np.ndarray:
     """An image as (H, W, 3) uint8 RGB.
 
-    Grey is replicated to three channels, alpha is dropped, 16-bit and float images are scaled to 8 bits, palettes
-    and CMYK are converted, EXIF orientation is applied; of an animation the first frame is read.
+    Grey is replicated to three channels, alpha is dropped, 16-bit and float images are scaled to 8 bits, palettes,
+    CMYK and LAB are converted, colour profiles are ignored; of an animation the first frame is read. An image with
+    EXIF orientation is turned upright, as every viewer shows it (differs from the original, which left it as stored).
 
     Raises:
         UserError: not an image, damaged, or more pixels than Pillow's decompression-bomb limit.
     """
-    name = name or str(source)
-    if isinstance(source, Path) and not source.is_file():
-        what = "is a folder" if source.is_dir() else "does not exist"
-        raise UserError(f"{name} {what}: give an image file")
+    name = printable(name or str(source))
+    if isinstance(source, Path):
+        check_file(source, name)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.simplefilter("ignore", UserWarning)
-            with Image.open(source) as image:
-                return to_rgb_array(ImageOps.exif_transpose(image))
+        with open_image(source) as image:
+            return _decode(image)
     except UnidentifiedImageError:
         raise UserError(f"{name} is not an image that Pillow can open: give a JPEG, PNG, TIFF, WebP, …") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise UserError(f"{name} is too large ({error}): scale it down first") from None
     except MemoryError:
         raise UserError(f"{name} does not fit into memory: scale it down first") from None
     except PermissionError:
         raise UserError(f"{name} cannot be read: permission denied") from None
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
-        raise UserError(f"{name} is damaged ({type(error).__name__}: {error}): give another file") from None
+        reason = printable(" ".join(str(error).split()))[:200]
+        raise UserError(f"{name} is damaged ({type(error).__name__}: {reason}): give another file") from None
 
 
-def list_images(paths: list[str]) -> dict[str, Path]:
-    """Image files by output name; a folder stands for all files right inside it that Pillow may open.
+@cache
+def _formats() -> tuple[str, ...]:
+    """What may be opened, in the order in which Pillow tries."""
+    Image.preinit()
+    Image.init()
+    return tuple(name for name in Image.ID if name not in REFUSED_FORMATS)
+
+
+def open_image(source: Path | BinaryIO) -> Image.Image:
+    """An image whose pixels are not read yet.
+
+    Raises:
+        nearly anything; DecompressionBombError above Pillow's limit of pixels, also where Pillow itself only warns.
+    """
+    image = Image.open(source, formats=_formats())
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        image.close()
+        size = f"{image.width}×{image.height} pixels"
+        raise Image.DecompressionBombError(f"{size}, {Image.MAX_IMAGE_PIXELS} at most")
+    return image
+
+
+def _decode(image: Image.Image) -> np.ndarray:
+    with _one_large_image if image.width * image.height > LARGE else nullcontext():
+        image.load()
+        try:
+            image = ImageOps.exif_transpose(image)
+        except MemoryError:
+            raise
+        except Exception:  # EXIF data that cannot be read say nothing of an orientation
+            pass
+        return to_rgb_array(image)
+
+
+def check_file(path: Path, name: str | None = None) -> None:
+    """Raise a UserError where `path` is no file that an image could be, before anything is opened."""
+    name = name or printable(str(path))
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{name} does not exist: give another file") from None
+    except (OSError, ValueError) as error:  # without permission, a link to itself, a name that is too long
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{name} cannot be read: {reason.lower()}") from None
+    if not stat.S_ISREG(status.st_mode):
+        what = "is a folder" if stat.S_ISDIR(status.st_mode) else "is no regular file"
+        raise UserError(f"{name} {what}: give an image file")
+    check_bytes(status.st_size, name)
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {str(error.strerror).lower()}") from None
+
+
+def check_bytes(size: int, name: str) -> None:
+    """Raise a UserError where a file is larger than any image that could be read."""
+    if size > MOST_BYTES:
+        raise UserError(f"{name} has {artefacts.format_bytes(size)}, more than any image needs: give another file")
+
+
+def list_images(paths: list[str], suffixes: tuple[str, ...] = ()) -> tuple[dict[str, Path], list[str]]:
+    """Image files by output name, see `output_names`; a folder stands for the images right inside it.
+
+    These are what has an extension of a format that can be opened, hidden files aside.
+
+    Returns:
+        the files, and a line for every path that gave none.
 
     Raises:
         UserError: nothing there.
     """
-    extensions = Image.registered_extensions()
     files: list[Path] = []
+    problems: list[str] = []
     for path in map(Path, paths):
-        if path.is_dir():
-            files += sorted(p for p in path.iterdir() if p.suffix.lower() in extensions and p.is_file())
-        else:
-            files.append(path)
+        try:
+            found = _images_inside(path) if path.is_dir() else [path]
+        except OSError as error:
+            problems.append(f"{printable(str(path))} cannot be read: {str(error.strerror).lower()}")
+            continue
+        if not found:
+            problems.append(f"{printable(str(path))} holds no images: give image files or a folder of them")
+        files += found
     if not files:
-        raise UserError(f"{', '.join(paths)} holds no images: give image files or a folder of them")
-    stems = [file.stem for file in files]
-    names = [file.stem if stems.count(file.stem) == 1 else file.name for file in files]
-    return {
-        name if names.count(name) == 1 else f"{file.parent.name}-{file.name}": file
-        for name, file in zip(names, files, strict=True)
-    }
+        raise UserError("; ".join(problems))
+    return output_names(files, suffixes), problems
+
+
+def _images_inside(folder: Path) -> list[Path]:
+    extensions = {e for e, form in Image.registered_extensions().items() if form in {*_formats(), "MPO"}}
+    inside = (p for p in folder.iterdir() if p.suffix.lower() in extensions and not p.name.startswith("."))
+    return sorted(path for path in inside if not _is_folder(path))  # also what only looks like a file: it is refused
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def output_names(files: list[Path], suffixes: tuple[str, ...] = ()) -> dict[str, Path]:
+    """Files by a name for their results: the stem where that will do, else the name, else folders and name.
+
+    No two results meet, even where upper and lower case count the same, nor where `suffixes` follow a name; so two
+    files of one name in different folders get different names. See `output_name` for what else is changed.
+    """
+    files = list(dict.fromkeys(files))
+    levels = [0] * len(files)
+    endings = ("", *suffixes)
+    while True:
+        names = [_name_at(file, level) for file, level in zip(files, levels, strict=True)]
+        taken = Counter(name.casefold() + ending for name in names for ending in endings)
+        clashing = [i for i, n in enumerate(names) if any(taken[n.casefold() + ending] > 1 for ending in endings)]
+        if not clashing:
+            return dict(zip(names, files, strict=True))
+        for i in clashing:
+            levels[i] += 1
+
+
+def _name_at(file: Path, level: int) -> str:
+    if level == 0:
+        return output_name(file.stem)
+    parts = [part for part in file.parts if part not in (file.anchor, "..")]
+    if level <= len(parts):
+        return output_name("-".join(parts[-level:]))
+    return output_name(file.name, str(file))
+
+
+def output_name(text: str, hashed: str = "") -> str:
+    """`text` as the name of an output: printable, of LONGEST_NAME bytes at most.
+
+    Where it had to be changed for that, or where `hashed` is given, a hash follows that tells names apart.
+    """
+    clean = "".join(c if c.isprintable() else "_" for c in text)
+    if clean == text and len(clean.encode()) <= LONGEST_NAME and not hashed:
+        return text
+    digest = hashlib.sha256((hashed or text).encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{clean.encode()[:LONGEST_NAME].decode('utf-8', 'ignore')}-{digest}"
+
+
+def printable(text: str) -> str:
+    """Text that can be written as UTF-8 and shown on a terminal, whatever bytes a file's name has."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def open_stored(path: Path) -> tuple[np.ndarray, artefacts.Facts]:
+    """The images of stage 1 (N, 256, 256, 3) uint8, memory-mapped, and their facts.
+
+    Raises:
+        UserError: as `artefacts.open_array`, or the array or the facts are not those of stage 1.
+    """
+    images, facts = artefacts.open_array(path, "prepare_images.py")
+    if images.dtype != np.uint8 or images.shape[1:] != (STORED_SIZE, STORED_SIZE, 3) or not len(images):
+        raise UserError(
+            f"{path} is {images.dtype} {images.shape}, not uint8 (N, {STORED_SIZE}, {STORED_SIZE}, 3): "
+            "give the images.npy of prepare_images.py"
+        )
+    names = facts.get("names")
+    whole = isinstance(names, list) and len(names) == len(images) and all(isinstance(name, str) for name in names)
+    if not whole or not isinstance(facts.get("content_sha256"), str):
+        raise UserError(
+            f"{artefacts.sidecar_path(path)} lacks the images' names or hash: run prepare_images.py again "
+            "with --overwrite"
+        )
+    return images, facts
 
 
 def to_rgb_array(image: Image.Image) -> np.ndarray:
@@ -77,17 +242,32 @@ def to_rgb_array(image: Image.Image) -> np.ndarray:
         return np.repeat(_to_bytes(np.asarray(image))[:, :, None], 3, axis=2)
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # palettes may carry transparency, dropped below
+    if image.mode == "LAB":
+        from PIL import ImageCms
+
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     return np.asarray(image.convert("RGB"))  # (H, W, 3)
 
 
 def _to_bytes(grey: np.ndarray) -> np.ndarray:
     """Grey values of 16 bits, 32 bits or floats -> uint8; floats within 0-1 are taken as fractions of white."""
-    values = np.nan_to_num(grey.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    flat = grey.reshape(-1)
+    strips = [flat[start : start + STRIP] for start in range(0, len(flat), STRIP)]
+    largest = max((_finite(strip).max() for strip in strips), default=0.0)
     if grey.dtype.kind == "f":
-        scale = 255.0 if values.max(initial=0) <= 1 else 1.0
+        scale = 255.0 if largest <= 1 else 1.0
     else:
-        scale = 1 / 257 if grey.dtype.itemsize == 2 or values.max(initial=0) > 255 else 1.0
-    return (values * scale + 0.5).clip(0, 255).astype(np.uint8)
+        scale = 1 / 257 if grey.dtype.itemsize == 2 or largest > 255 else 1.0
+    result = np.empty(len(flat), np.uint8)
+    for number, strip in enumerate(strips):
+        values = (_finite(strip) * scale + 0.5).clip(0, 255)
+        result[number * STRIP : number * STRIP + len(strip)] = values.astype(np.uint8)
+    return result.reshape(grey.shape)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def resize_to_square(rgb: np.ndarray, size: int = STORED_SIZE) -> np.ndarray:
@@ -109,7 +289,7 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     """Write (H, W) or (H, W, 3) uint8 as PNG, atomically."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
-    write_bytes(path, buffer.getvalue())
+    artefacts.write_bytes(path, buffer.getvalue())
 
 
 def fit_to(rgb: np.ndarray, height: int, width: int) -> np.ndarray:

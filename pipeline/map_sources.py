@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from models.errors import UserError
 from models.fixation_metrics import centre_gaussian, spectral_residual
 from pipeline import artefacts, cli
+from pipeline.images import open_image, output_name
 
 if TYPE_CHECKING:
     from models.backbones import Backbone
@@ -115,8 +115,10 @@ class Folder:
     def _read(self, image: Path) -> np.ndarray:
         path = self.files[image]
         try:
-            values = np.load(path, mmap_mode="r", allow_pickle=False) if path.suffix == ".npy" else _read_grey(path)
-        except (OSError, ValueError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
+            values = artefacts.map_array(path) if path.suffix == ".npy" else _read_grey(path)
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
             raise UserError(f"{path} cannot be read as a map ({error}): save it anew") from None
         if values.ndim != 2 or not values.size or values.dtype.kind not in "biuf":
             raise UserError(f"{path} is {values.dtype} of shape {values.shape}: a map is (height, width), real numbers")
@@ -131,7 +133,7 @@ class Folder:
 
 
 def _read_grey(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
+    with open_image(path) as image:
         if image.mode not in ("1", "L", "I", "F") and not image.mode.startswith("I;16"):
             raise ValueError(f"a picture of mode {image.mode}, not grey")
         return np.asarray(image)
@@ -177,7 +179,7 @@ class Pipeline:
         kept = {k: self.facts[k] for k in ("backbone", "weights_sha256", "vlm_sha256")}
         determined = json.dumps({**kept, "key": key, "image": image_sha256}, sort_keys=True)
         digest = hashlib.sha256(determined.encode()).hexdigest()
-        return self.cache / self.names[key] / f"{path.stem}-{digest[:16]}.npy"
+        return self.cache / self.names[key] / f"{output_name(path.stem)}-{digest[:16]}.npy"
 
     def _compute(
         self, rgb: np.ndarray, keys: Sequence[tuple[str, str]]
@@ -198,8 +200,8 @@ class Pipeline:
 
 def _load(path: Path) -> np.ndarray | None:
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        return np.array(artefacts.map_array(path))
+    except ValueError:
         return None
 
 

@@ -37,6 +37,7 @@ CONTROLS = {
     "noise": "Gaussian noise of an image's norm",
     "mean": "the mean colour of the training images",
 }
+STATED = ("stage", "input", "input_sha256", "target", "backbone", "weights_sha256", "regularizer")  # as text
 OF_THE_IMAGE = ("input", "input_sha256", "best_restart", "losses", "shape", "dtype")  # facts that differ by image
 
 
@@ -65,7 +66,11 @@ class Result:
 
     def read(self) -> np.ndarray:
         """The reconstruction (H, W, 3) float32 RGB in 0-255."""
-        return np.array(artefacts.open_array(self.folder / "reconstruction.npy", "reconstruct.py")[0])
+        path = self.folder / "reconstruction.npy"
+        picture = np.array(artefacts.open_array(path, "reconstruct.py")[0])
+        if picture.dtype.kind != "f" or not np.isfinite(picture).all():
+            raise UserError(f"{path} is {picture.dtype}, or holds NaN: run reconstruct.py again with --overwrite")
+        return picture
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -122,11 +127,14 @@ def find_results(folders: list[Path]) -> list[Result]:
     Raises:
         UserError: there are none, or not all of one feature of one backbone.
     """
+    from models.regularizers import REGULARIZERS
+
     results = []
     for folder in folders:
         for path in sorted(folder.rglob("reconstruction.npy.json")):
             facts = artefacts.read_json(path)
-            if not isinstance(facts, dict) or facts.get("stage") != "reconstruct":
+            whole = isinstance(facts, dict) and all(isinstance(facts.get(key), str) for key in STATED)
+            if not whole or facts.get("stage") != "reconstruct" or facts["regularizer"] not in REGULARIZERS:
                 raise UserError(f"{path} was not written by this version of reconstruct.py: make it again")
             if (path.parent / "image.png").is_file():  # a feature given as such has no image to compare with
                 results.append(Result(path.parent, facts))

@@ -6,8 +6,7 @@ inside a tar, or inside a tar in a tar, is a range of bytes of the outer file.
 
 import hashlib
 import io
-import os
-import tarfile
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,7 +17,8 @@ import numpy as np
 
 from models.errors import UserError
 from models.randomness import seed_for
-from pipeline.images import read_rgb
+from pipeline import tars
+from pipeline.images import MOST_BYTES, check_bytes, printable, read_rgb
 from pipeline.presets import SAMPLES
 
 SAMPLE_PHOTOS = {  # package -> files inside it
@@ -35,6 +35,8 @@ SAMPLE_PHOTOS = {  # package -> files inside it
         )
     ),
 }
+COMPRESSED = (b"\x1f\x8b", b"\x1f\x9d", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
+IS_FOLDER = "is a folder"
 MOST_CROPS = 1_000_000
 SMALLEST_CROP = 0.35  # of a photo's shorter side
 EXPECTED = (
@@ -43,7 +45,7 @@ EXPECTED = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One image: a name, and the bytes `offset … offset + size` of a file; size -1 means to its end.
 
@@ -62,6 +64,7 @@ class Entry:
             raise UserError(f"{self.name} {self.problem}")
         if self.size < 0:
             return read_rgb(self.path, self.name)
+        check_bytes(self.size, self.name)
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return read_rgb(io.BytesIO(file.read(self.size)), self.name)
@@ -105,6 +108,8 @@ def list_images(source: str, num_images: int | None, seed: int) -> list[Entry] |
     try:
         if path.is_dir():
             entries = list(_folder_entries(path))
+        elif not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{source} is no regular file: {EXPECTED}")
         elif _is_tar(path):
             entries = list(_tar_entries(path))
         else:
@@ -113,46 +118,62 @@ def list_images(source: str, num_images: int | None, seed: int) -> list[Entry] |
         raise UserError(f"{error.filename or source} cannot be read: permission denied") from None
     if not entries:
         raise UserError(f"{source} holds no files: {EXPECTED}")
-    entries = _mark_duplicates(sorted(entries, key=lambda e: (e.name, e.offset)))
+    entries.sort(key=lambda e: (e.name, e.offset))
+    _mark_duplicates(entries)
     if num_images is not None and num_images < len(entries):
         chosen = np.random.default_rng(seed_for(seed, "subset")).choice(len(entries), num_images, replace=False)
         entries = [entries[i] for i in sorted(chosen)]
     return entries
 
 
-def _mark_duplicates(entries: list[Entry]) -> list[Entry]:
-    """Of members of one tar with the same name the last counts, as for tar itself."""
-    marked = []
-    for entry, following in zip(entries, [*entries[1:], None], strict=True):
-        again = following is not None and following.name == entry.name and following.path == entry.path
-        marked.append(Entry(entry.name, entry.path, problem="is overwritten by a later member") if again else entry)
-    return marked
-
-
-def _printable(name: str) -> str:
-    """A file name that can be written as UTF-8, whatever bytes it has."""
-    return name.encode("utf-8", "backslashreplace").decode()
+def _mark_duplicates(entries: list[Entry]) -> None:
+    """Of sorted entries of one name and file the last counts, as for tar itself."""
+    for i, (entry, following) in enumerate(zip(entries, entries[1:], strict=False)):
+        if (entry.name, entry.path) == (following.name, following.path):
+            twice = "is overwritten by a later member" if entry.size >= 0 or entry.problem else "is listed twice"
+            entries[i] = Entry(entry.name, entry.path, entry.offset, problem=twice)
 
 
 def _folder_entries(folder: Path) -> Iterator[Entry]:
-    """Regular files below a folder, hidden ones aside; links to folders are followed once."""
-    seen = set()
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
-        identity = os.path.realpath(parent)
-        if identity in seen:
-            folders.clear()
+    """Files below a folder, hidden ones aside; links to folders are followed, each folder is read once."""
+    seen, waiting = set(), [folder]
+    while waiting:
+        parent = waiting.pop()
+        try:
+            status = parent.stat()
+            inside = [] if (status.st_dev, status.st_ino) in seen else sorted(parent.iterdir())
+        except OSError as error:
+            if parent == folder:
+                raise
+            yield Entry(_label(parent, folder), parent, problem=f"cannot be read: {str(error.strerror).lower()}")
             continue
-        seen.add(identity)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for name in files:
-            path = Path(parent) / name
-            if not name.startswith("."):
-                label = _printable(path.relative_to(folder).as_posix())
-                yield Entry(label, path, problem="" if path.is_file() else "is not a regular file")
+        seen.add((status.st_dev, status.st_ino))
+        for path in inside:
+            if path.name.startswith("."):
+                continue
+            if (problem := _problem(path)) == IS_FOLDER:
+                waiting.append(path)
+            else:
+                yield Entry(_label(path, folder), path, problem=problem)
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _label(path: Path, folder: Path) -> str:
+    return printable(path.relative_to(folder).as_posix())
+
+
+def _problem(path: Path) -> str:
+    """Why a path cannot be an image, as far as that is known without opening it."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return "does not exist"
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {(getattr(error, 'strerror', None) or str(error)).lower()}"
+    if stat.S_ISDIR(status.st_mode):
+        return IS_FOLDER
+    if not stat.S_ISREG(status.st_mode):
+        return "is not a regular file"
+    return "" if status.st_size else "is empty"
 
 
 def _list_entries(path: Path) -> Iterator[Entry]:
@@ -164,77 +185,45 @@ def _list_entries(path: Path) -> Iterator[Entry]:
     for line in lines:
         if line.strip() and not line.startswith("#"):
             file = path.parent / line.strip()
-            yield Entry(line.strip(), file, problem="" if file.is_file() else "does not exist")
+            yield Entry(printable(line.strip()), file, problem=_problem(file))
 
 
 def _is_tar(path: Path) -> bool:
     """Whether a file starts like a tar; a compressed one is refused, since it could only be read by unpacking."""
     with path.open("rb") as file:
-        head = file.read(512)
-    if head[:2] == b"\x1f\x8b" or head[:3] == b"BZh" or head[:6] == b"\xfd7zXZ\x00":
+        head = file.read(tars.BLOCK)
+    if head.startswith(COMPRESSED):
         raise UserError(f"{path} is compressed: uncompress it first, images inside gain nothing from it")
-    try:
-        tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return False
-    return True
+    if tars.is_tar(head):
+        return True
+    if b"\0" in head or path.stat().st_size > MOST_BYTES:  # before all of it is read as text
+        raise UserError(f"{path} is neither a tar nor a text file: {EXPECTED}")
+    return False
 
 
 def _tar_entries(path: Path) -> Iterator[Entry]:
     with path.open("rb") as file:
-        size = path.stat().st_size
-        yield from _tar_members(file, path, prefix="", start=0, size=size, depth=0)
+        yield from _tar_members(file, path, prefix="", start=0, size=path.stat().st_size)
 
 
-def _tar_members(file: BinaryIO, path: Path, prefix: str, start: int, size: int, depth: int) -> Iterator[Entry]:
+def _tar_members(file: BinaryIO, path: Path, prefix: str, start: int, size: int) -> Iterator[Entry]:
     """Members of a tar that is the bytes `start … start + size` of `file`, tars right inside it included."""
-    window = _Window(file, start, size)
     try:
-        with tarfile.open(fileobj=window, mode="r:", errors="surrogateescape") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile remembers every member; a million of them is a lot
-                name = prefix + _printable(member.name)
-                offset = start + member.offset_data
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    yield Entry(name, path, problem="is a link, device or sparse file")
-                elif member.offset_data + member.size > size:
-                    yield Entry(name, path, problem="is cut off: the tar is truncated")
-                elif member.name.endswith(".tar") and depth == 0:
-                    yield from _tar_members(file, path, f"{name}/", offset, member.size, depth + 1)
-                else:
-                    yield Entry(name, path, offset, member.size)
-    except tarfile.TarError as error:
-        yield Entry(f"{prefix or path.name}", path, problem=f"is a damaged tar ({error}); members after it are lost")
-
-
-class _Window(io.RawIOBase):
-    """A read-only view of a range of bytes of a file."""
-
-    def __init__(self, file: BinaryIO, start: int, size: int):
-        self.file, self.start, self.size, self.position = file, start, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.position = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence])
-        return self.position
-
-    def read(self, count: int = -1) -> bytes:
-        left = max(0, self.size - self.position)
-        count = left if count is None or count < 0 else min(count, left)
-        self.file.seek(self.start + self.position)
-        data = self.file.read(count)
-        self.position += len(data)
-        return data
+        for member in tars.members(file, start, size):
+            name = prefix + printable(member.name)
+            if not member.regular:
+                yield Entry(name, path, member.offset, problem="is a link, device or sparse file")
+            elif member.offset + member.size > start + size:
+                yield Entry(name, path, member.offset, problem="is cut off: the tar is truncated")
+            elif not member.size:
+                yield Entry(name, path, member.offset, problem="is empty")
+            elif member.name.endswith(".tar") and not prefix:
+                yield from _tar_members(file, path, f"{name}/", member.offset, member.size)
+            else:
+                yield Entry(name, path, member.offset, member.size)
+    except tars.TarError as error:
+        where = prefix.rstrip("/") or printable(path.name)
+        yield Entry(where, path, start + size, problem=f"is a damaged tar ({error}): members after that are lost")
 
 
 def sample_photos() -> list[Path]:
@@ -265,7 +254,6 @@ def fingerprint(entries: list[Entry] | list[Crop]) -> str:
         if isinstance(entry, Crop):
             digest.update(f"{entry.name}\n{entry.seed}\n".encode())
             continue
-        exists = entry.path.is_file()
-        size = entry.size if entry.size >= 0 else (entry.path.stat().st_size if exists else -1)
+        size = entry.size if entry.size >= 0 or entry.problem else entry.path.stat().st_size
         digest.update(f"{entry.name}\n{entry.offset}\n{size}\n{entry.problem}\n".encode())
     return digest.hexdigest()

@@ -1,9 +1,12 @@
 """The download engine against a server in this process that misbehaves in every way it can be told to."""
 
+import contextlib
+import gzip
 import hashlib
 import http.server
 import io
 import multiprocessing
+import socket
 import threading
 import time
 from collections import Counter
@@ -12,11 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from models import downloads
 from models.downloads import RemoteFile, cache_folder, cached, fetch
 from models.errors import UserError
 
+ROOT = Path(__file__).parent.parent
+DEAD = "http://127.0.0.1:9"  # a proxy that is not there
+PACKED = gzip.compress(bytes(5_000_000))
 BODY = np.random.default_rng(0).bytes(300_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
 SHA1 = hashlib.sha1(BODY).hexdigest()
@@ -148,8 +155,87 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for _ in range(10_000):
             self.wfile.write(bytes(100_000))
 
+    def serve_endless_chunks(self):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for _ in range(10_000):
+            self.wfile.write(b"186a0\r\n" + bytes(100_000) + b"\r\n")
+
+    def drip(self, start: bytes, piece: bytes):
+        self.wfile.write(start)
+        while not self.server.released.wait(0.02):
+            self.wfile.write(piece)
+            self.wfile.flush()
+
+    def serve_drips_a_status(self):
+        self.drip(b"HTTP/1.1 20", b"0")
+
+    def serve_drips_headers(self):
+        self.drip(b"HTTP/1.1 200 OK\r\nX: ", b"x")
+
+    def serve_interim_answers(self):
+        self.drip(b"", b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def serve_drips_a_chunk_size(self):
+        self.drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0")
+
+    def serve_drips_trailers(self):
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        self.drip(head + b"%x\r\n" % len(BODY) + BODY + b"\r\n0\r\n", b"X: x\r\n")
+
+    def serve_drips_redirects(self):
+        self.server.released.wait(0.1)
+        self.answer(302, Location=f"/drips-redirects/{self.nth}")
+
+    def serve_long_number(self):
+        self.answer(200, BODY, length="9" * 5000)
+
+    def serve_long_range(self):
+        if self.start():
+            self.answer(206, BODY, Content_Range=f"bytes {'9' * 5000}-{'9' * 5000}/{'9' * 5000}")
+        else:
+            self.serve_good()
+
+    def serve_many_headers(self):
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 1000 + b"\r\n")
+
+    def serve_a_long_header(self):
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 200_000 + b"\r\n\r\n")
+
+    def serve_no_http(self):
+        self.wfile.write(b"\x16\x03\x01 SSH-2.0\r\n\r\n")
+
+    def serve_two_lengths(self):
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd")
+
+    def serve_packed(self):
+        """A body that would be larger once unpacked."""
+        self.answer(200, PACKED, Content_Encoding="gzip")
+
     def serve_to_file(self):
         self.answer(302, Location="file:///etc/hostname")
+
+    def serve_to_ftp(self):
+        self.answer(301, Location="ftp://127.0.0.1/f.bin")
+
+    def serve_to_data(self):
+        self.answer(307, Location="data:,x")
+
+    def serve_to_script(self):
+        self.answer(308, Location="javascript:alert(1)")
+
+    def serve_to_nowhere(self):
+        self.answer(302, Location="")
+
+    def serve_to_long_host(self):
+        self.answer(302, Location=f"http://{'a' * 300}.example/f.bin")
+
+    def serve_there(self):
+        self.answer(302, Location="/back/f.bin")
+
+    def serve_back(self):
+        self.answer(302, Location="/there/f.bin")
 
     def serve_to_good(self):
         self.answer(302, Location="/good/elsewhere")
@@ -290,7 +376,19 @@ def test_server_errors_are_retried(server, tmp_path):
         ("drops", 3, "it broke off"),
         ("endless", 1, "more than 300000 bytes"),
         ("to-file", 1, "it redirects to file:"),
+        ("to-ftp", 1, "it redirects to ftp:"),
+        ("to-data", 1, "it redirects to data:"),
+        ("to-script", 1, "it redirects to javascript:"),
         ("to-nonsense", 1, "no valid address"),
+        ("to-long-host", 1, "no "),
+        ("to-nowhere", downloads.MAX_REDIRECTS + 1, "it redirects without end"),
+        ("there", downloads.MAX_REDIRECTS + 1, "it redirects without end"),
+        ("endless-chunks", 1, "more than 300000 bytes"),
+        ("many-headers", 3, "it broke off"),
+        ("a-long-header", 3, "it broke off"),
+        ("no-http", 3, "it broke off"),
+        ("two-lengths", 1, "no usable answer"),
+        ("packed", 1, "bytes instead of 300000"),
         ("round-and-round", downloads.MAX_REDIRECTS + 1, "it redirects without end"),
         ("truncates-and-ignores-range", 3, "it broke off"),
     ],
@@ -310,6 +408,106 @@ def test_wrong_content_leaves_nothing_behind(server, tmp_path, monkeypatch, beha
     for known in ({}, {"size": None, "sha256": SHA256[:8], "sha1": None}):
         refusal(remote(server, behaviour, **known), tmp_path)
         assert not (tmp_path / "f.bin.part").exists()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "requests"),
+    [
+        ("drips-a-status", 2),
+        ("drips-headers", 2),
+        ("interim-answers", 2),
+        ("drips-a-chunk-size", 2),
+        ("drips-redirects", None),
+    ],
+)
+def test_what_is_dragged_out_is_left(server, tmp_path, monkeypatch, behaviour, requests):
+    """The socket's own limit never passes: there is always another byte within it."""
+    monkeypatch.setattr(downloads, "HEAD_PATIENCE", 0.3)
+    monkeypatch.setattr(downloads, "PATIENCE", 0.3)
+    began = time.monotonic()
+    message = refusal(remote(server, behaviour), tmp_path, timeout=5)
+    assert "it timed out" in message or "it broke off" in message or "it redirects without end" in message
+    assert "f.bin" in message and "127.0.0.1" in message and "--weights FILE" in message
+    assert time.monotonic() - began < 10
+    assert requests is None or server.count.total() == requests
+    assert get(remote(server, behaviour, "good"), tmp_path, timeout=5).read_bytes() == BODY
+
+
+def test_whole_body_with_a_dragged_out_end_is_taken(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads, "PATIENCE", 0.5)
+    assert get(remote(server, "drips-trailers"), tmp_path, timeout=5).read_bytes() == BODY
+    assert server.count.total() == 1
+
+
+@pytest.mark.parametrize("behaviour", ["long-number", "long-range"])
+def test_numbers_too_long_to_be_read(server, tmp_path, behaviour):
+    (tmp_path / "f.bin.part").write_bytes(BODY[:1000])
+    assert get(remote(server, behaviour, size=None), tmp_path).read_bytes() == BODY
+
+
+def test_host_that_takes_no_connection(tmp_path):
+    """Its queue is full: packets are dropped, as behind a firewall."""
+    with socket.socket() as full, contextlib.ExitStack() as waiting:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(4):
+            client = waiting.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
+        port = full.getsockname()[1]
+        file = RemoteFile("f.bin", (f"http://127.0.0.1:{port}/f.bin",), "none", sha256=SHA256)
+        began = time.monotonic()
+        assert f"127.0.0.1:{port}: no connection" in refusal(file, tmp_path, timeout=0.2)
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "failure", [socket.gaierror(-3, "Temporary failure in name resolution"), OSError(101, "Network is unreachable")]
+)
+def test_no_network_at_all(tmp_path, monkeypatch, failure):
+    def fail(*arguments, **options):
+        raise failure
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    urls = ("https://one.example/f.bin", "http://two.example/f.bin")
+    began = time.monotonic()
+    message = refusal(RemoteFile("f.bin", urls, "none", sha256=SHA256), tmp_path)
+    assert "one.example: no connection" in message and "two.example: no connection" in message
+    assert "--weights FILE" in message and str(tmp_path / "f.bin") in message
+    assert time.monotonic() - began < 5
+
+
+def test_address_that_is_never_found(tmp_path, monkeypatch):
+    """Looking up a name has no time limit of its own."""
+    released = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: released.wait(20))
+    monkeypatch.setattr(downloads, "HEAD_PATIENCE", 0.2)
+    file = RemoteFile("f.bin", ("https://one.example/f.bin",), "none", sha256=SHA256)
+    began = time.monotonic()
+    assert "one.example: it timed out" in refusal(file, tmp_path)
+    assert time.monotonic() - began < 5
+    released.set()
+
+
+def test_command_without_network(tmp_path, monkeypatch, capsys):
+    """A whole stage: one line and exit code 2."""
+    import saliency  # here, as the processes below import this module and need no torch
+    from models import weights
+    from pipeline import cli
+
+    for name in ("http_proxy", "https_proxy", "no_proxy"):
+        monkeypatch.setenv(name, "" if name == "no_proxy" else DEAD)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(weights, "_from_package", lambda architecture: None)
+    monkeypatch.setattr(cli, "code_version", lambda: "tested")
+    Image.new("RGB", (70, 70)).save(tmp_path / "photo.png")
+    vlm = ROOT / "models" / "pretrained" / "alexnet.safetensors"
+    options = [tmp_path / "photo.png", "--vlm", vlm, "--layer", "conv5", "--out", tmp_path / "out"]
+    argv = [*map(str, options), "--device", "cpu", "--cache", str(tmp_path / "cache")]
+    code, lines = cli.run(lambda: saliency.main(argv)), capsys.readouterr().err.splitlines()
+    assert code == 2 and len(lines) == 1, lines
+    assert "alexnet-owt-7be5be79.pth could not be downloaded (download.pytorch.org: no connection" in lines[0]
+    assert "--weights FILE" in lines[0]
 
 
 def test_announced_size_above_the_ceiling_is_not_read(server, tmp_path, monkeypatch):
@@ -381,7 +579,7 @@ def test_two_processes_download_once(server, tmp_path):
     processes = [context.Process(target=_fetch_in_process, args=arguments) for _ in range(2)]
     for process in processes:
         process.start()
-    assert [results.get(timeout=30) for _ in processes] == [SHA256, SHA256]
+    assert [results.get(timeout=60) for _ in processes] == [SHA256, SHA256]
     for process in processes:
         process.join()
     assert server.count.total() == 3  # the three pieces, once

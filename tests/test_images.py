@@ -3,19 +3,48 @@
 import io
 import json
 import os
+import shutil
 import tarfile
+import tempfile
+import tracemalloc
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import prepare_images
+import reconstruct
+import saliency
+from models.backbones import ARCHITECTURES
+from models.checkpoints import vlm_tensors, write_tensors
 from models.errors import UserError
-from pipeline import artefacts
-from pipeline.images import fit_to, limit_side, read_rgb, resize_to_square
+from models.projection import Projection
+from models.vlm import VisualLanguageModel
+from pipeline import artefacts, cli, figures
+from pipeline.images import (
+    LONGEST_NAME,
+    fit_to,
+    limit_side,
+    output_name,
+    output_names,
+    read_rgb,
+    resize_to_square,
+    to_rgb_array,
+)
 from pipeline.sources import list_images
 from tests.conftest import make_photo
+from tests.odd_images import READABLE, REFUSED, postscript
+from tests.odd_images import encoded as encode
+from tests.test_arguments import unprivileged
+from tests.test_weights import TINY
 
 RGB = make_photo(0, 40, 60)
 
@@ -258,3 +287,269 @@ def test_array_artefacts_are_refused_where_they_do_not_fit(tmp_path: Path) -> No
         artefacts.open_array(path, "it")
     with pytest.raises(UserError, match="has .* free"):
         artefacts.check_disk(tmp_path, 10**18)
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_odd_images_are_read(name: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    content, expected, tolerance = READABLE[name]
+    (tmp_path / name).write_bytes(content)
+    for found in (read_rgb(tmp_path / name), read_rgb(io.BytesIO(content), name)):
+        assert found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3
+        if expected is not None:
+            assert found.shape == expected.shape
+            assert np.abs(found.astype(int) - expected).mean() <= tolerance
+    assert capfd.readouterr() == ("", ""), "neither Pillow nor its libraries speak"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_odd_images_are_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    content, message = REFUSED[name]
+    (tmp_path / name).write_bytes(content)
+    started = tmp_path / "started"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{started}'\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for source in (tmp_path / name, io.BytesIO(content)):
+        with pytest.raises(UserError) as caught:
+            read_rgb(source, name)
+        assert str(caught.value).startswith(name) and message in str(caught.value)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+    assert not started.exists(), "PostScript would be a program"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_ghostscript_would_have_been_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trap of the test above works."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{tmp_path / 'started'}'\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(OSError), Image.open(io.BytesIO(postscript())) as image:
+        image.load()
+    assert (tmp_path / "started").exists()
+
+
+def test_size_is_judged_from_the_header(tmp_path: Path) -> None:
+    """In the smallest room: a bomb of 900 million pixels is refused before it is unpacked."""
+    for name in ("bomb.png", "bomb.tif", "bomb.gif", "smaller bomb.png"):
+        assert len(REFUSED[name][0]) < 200_000
+        tracemalloc.start()
+        with pytest.raises(UserError, match="is too large"):
+            read_rgb(io.BytesIO(REFUSED[name][0]), name)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 5_000_000
+
+
+def odd_folder(folder: Path) -> tuple[set[str], set[str]]:
+    """Every odd image in a folder, and links that lead nowhere; which of them can be read, and which cannot."""
+    folder.mkdir()
+    for name, (content, *_) in (READABLE | REFUSED).items():
+        (folder / name).write_bytes(content)
+    (folder / "itself.png").symlink_to("itself.png")
+    (folder / "nowhere.png").symlink_to("missing.png")
+    (folder / "device.png").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.png")
+    for name in ("1x1", "1x5000", "5000x1"):
+        width, height = map(int, name.split("x"))
+        Image.new("RGB", (width, height), (9, 9, 9)).save(folder / f"{name}.png")
+    return set(READABLE), {*REFUSED, "itself.png", "nowhere.png", "device.png", "pipe.png"}
+
+
+SMALL = {"1x1.png", "1x5000.png", "5000x1.png"}
+
+
+def test_prepare_lists_what_it_cannot_read(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    good, bad = odd_folder(tmp_path / "in")
+    _, names, rejected = prepared(tmp_path / "in", tmp_path / "out")
+    assert set(names) == good | SMALL
+    assert {line.split(",")[0] for line in rejected.splitlines()[1:]} == bad
+    assert capfd.readouterr().err == ""
+    with pytest.raises(UserError, match="--strict"):
+        prepared(tmp_path / "in", tmp_path / "strict", "--strict")
+
+
+@pytest.fixture(scope="module")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Three prepared images and an untrained language model of a network of some hundred parameters."""
+    root = tmp_path_factory.mktemp("tiny")
+    (root / "photos").mkdir()
+    for i in range(3):
+        Image.fromarray(make_photo(i, 30, 40 + i)).save(root / "photos" / f"{i}.png")
+    prepare_images.main(["--root", str(root), "--source", str(root / "photos")])
+    identity = {
+        layer: Projection(torch.zeros(n), torch.ones(n), torch.eye(n)[: n // 2], torch.zeros(n))
+        for layer, n in (("conv1", 4), ("conv2", 6))
+    }
+    statistics = {tap: {"mean": torch.zeros(n), "std": torch.ones(n)} for tap, n in (("data", 3), ("conv2", 6))}
+    vlm = VisualLanguageModel(identity, statistics)
+    vlm.initialise(0)
+    write_tensors(root / "vlm.safetensors", vlm_tensors(vlm), {"backbone": "tiny", "layers": ["conv1", "conv2"]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, "tiny", TINY)
+        patch.setattr(figures, "save_figure", lambda *_: None)  # drawing takes most of the time
+        patch.setattr(cli, "code_version", lambda: "tested")
+        yield root
+
+
+def outcome(stage, arguments: list, capfd: pytest.CaptureFixture) -> tuple[int, list[str]]:
+    """Exit code and lines on stderr, C libraries' included."""
+    capfd.readouterr()
+    code = cli.run(lambda: stage.main([*map(str, arguments), "--device", "cpu", "--weights", "random"]))
+    return code, capfd.readouterr().err.splitlines()
+
+
+def test_saliency_goes_on_past_what_it_cannot_read(
+    tiny_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    good, bad = odd_folder(tmp_path / "in")
+    inputs = [tmp_path / "in", tmp_path / "missing.png", tmp_path / ("x" * 300), tmp_path / "vacant"]
+    (tmp_path / "vacant").mkdir()
+    options = ["--root", tiny_root, "--layer", "conv2", "--out", tmp_path / "out"]
+    code, lines = outcome(saliency, [*inputs, *options], capfd)
+    assert code == 2
+    for name in bad | SMALL | {"missing.png", "x" * 300, "vacant"}:
+        assert sum(f"/{name}" in line for line in lines) == 1, (name, lines)
+    assert len(lines) == len(bad) + len(SMALL) + 3
+    assert all(line.startswith("saliency.py: ") and line.isprintable() for line in lines)
+    for name in SMALL:
+        (line,) = (line for line in lines if f"/{name}:" in line)
+        assert line.endswith("is too small for conv2 of tiny: give one of at least 7×7")
+    stems = [Path(name).stem for name in READABLE]
+    expected = {Path(name).stem if stems.count(Path(name).stem) == 1 else name for name in good}
+    assert {p.name[: -len("-unnaturalness.npy")] for p in (tmp_path / "out").glob("*-unnaturalness.npy")} == expected
+    assert outcome(saliency, [*inputs, *options], capfd) == (code, lines), "again, with what is finished"
+
+
+def test_reconstruct_goes_on_past_what_it_cannot_read(
+    tiny_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    odd_folder(tmp_path / "in")
+    for name in set(READABLE) - {"lab.tif", "transparent palette.png"} | {"5000x1.png"}:  # each takes a while
+        (tmp_path / "in" / name).unlink()
+    inputs = [tmp_path / "missing.png", tmp_path / "in", tmp_path / ("x" * 300), "--rows", "0"]
+    options = ["--root", tiny_root, "--regularizer", "none", "--iterations", "1", "--target", "conv2"]
+    code, lines = outcome(reconstruct, [*inputs, *options, "--out", tmp_path / "out"], capfd)
+    assert code == 2 and len(lines) == len(REFUSED) + 4 + 2
+    assert all(line.startswith("reconstruct.py: ") and line.isprintable() for line in lines)
+    done = {p.parent.name for p in (tmp_path / "out").glob("*/reconstruction.npy.json")}
+    assert {"lab", "transparent palette", "1x1", "1x5000"} < done and len(done) == 5
+    for stage, more in ((saliency, []), (reconstruct, ["--target", "conv2"])):
+        one = [tmp_path / "in" / "cut.png", "--root", tiny_root, "--out", tmp_path / "one", *more]
+        code, lines = outcome(stage, one, capfd)
+        assert code == 2 and len(lines) == 1 and "cut.png is damaged" in lines[0]
+
+
+def test_folders_without_permission(tiny_root: Path, capfd: pytest.CaptureFixture) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for place in ("open", "locked", "unlisted"):
+            (folder / place).mkdir()
+            (folder / place / f"{place}.png").write_bytes(encode(Image.fromarray(make_photo(1, 80, 80)), "PNG"))
+        (folder / "open" / "secret.png").write_bytes(b"x")
+        (folder / "out").mkdir()
+        shutil.copy(tiny_root / "vlm.safetensors", folder)
+        for place, mode in {"open/secret.png": 0, "locked": 0, "unlisted": 0o400, "out": 0o777, ".": 0o755}.items():
+            (folder / place).chmod(mode)
+        (folder / "vlm.safetensors").chmod(0o644)
+        inputs = [folder / place for place in ("locked", "open", "locked/locked.png", "unlisted")]
+        out = folder / "out" / "maps"
+        with unprivileged():
+            options = ["--vlm", folder / "vlm.safetensors", "--layer", "conv2", "--out", out]
+            code, lines = outcome(saliency, [*inputs, *options], capfd)
+        assert code == 2 and len(lines) == 4 and all("cannot be read: permission denied" in line for line in lines)
+        assert {p.name for p in out.glob("*.npy")} == {"open.npy", "open-unnaturalness.npy"}
+        for place in ("locked", "unlisted"):
+            (folder / place).chmod(0o700)
+
+
+def test_names_of_outputs_never_meet() -> None:
+    paths = ["a/x.png", "b/x.png", "c/a/x.png", "x.jpg", "y.png", "Y.jpg", "z.png", "a-z.png", "a/z.png"]
+    paths += ["p.png", "p-overlay.png", "p-unnaturalness.png", "q", "a-b/c.png", "a/b-c.png", "/a/b/c.png", "x.jpg"]
+    suffixes = ("-overlay", "-unnaturalness")
+    names = output_names([Path(path) for path in paths], suffixes)
+    assert set(names.values()) == set(map(Path, paths)) and len(names) == len(set(paths))
+    endings = [(name + suffix).casefold() for name in names for suffix in ("", *suffixes)]
+    assert len(set(endings)) == len(endings)
+    assert names["q"] == Path("q") and names["p.png"] == Path("p.png")
+    assert not any("/" in name for name in names)
+
+
+@given(st.lists(st.text("aA-./é", min_size=1, max_size=6), min_size=1, max_size=12))
+def test_names_of_outputs_are_unique_for_all_files(texts: list[str]) -> None:
+    files = [Path(text) for text in texts if Path(text).name]
+    names = output_names(files, ("-a",))
+    assert set(names.values()) == set(files)
+    endings = Counter((name + ending).casefold() for name in names for ending in ("", "-a"))
+    assert max(endings.values(), default=1) == 1
+
+
+@given(st.binary(min_size=1, max_size=300).filter(lambda name: b"/" not in name and b"\0" not in name))
+def test_any_name_gives_a_usable_one(name: bytes) -> None:
+    usable = output_name(os.fsdecode(name))
+    assert usable.isprintable() and len(usable.encode()) <= LONGEST_NAME + 9
+    if (text := os.fsdecode(name)).isprintable() and len(name) <= LONGEST_NAME:
+        assert usable == text
+
+
+def test_odd_names_through_the_stages(tiny_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Names of 255 bytes, not UTF-8, with line breaks and escapes, and of one name in several folders."""
+    folder = tmp_path / "in"
+    odd = [b"n\xffme.png", b"l" * 251 + b".png", "é".encode() * 125 + b".png", b"two\nlines.png", b"\x1b[2J.png"]
+    for i, name in enumerate([*odd, b"a.png", b"sub/a.png", b"sub2/sub/a.png", b"a-overlay.png"]):
+        path = folder / os.fsdecode(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(Image.fromarray(make_photo(i, 70 + i, 80)), "PNG"))
+    (folder / os.fsdecode(b"bad\xff\n\x1b.png")).write_bytes(b"no image")
+    images, names, rejected = prepared(folder, tmp_path / "out")
+    assert len(images) == 9 and all(name.isprintable() for name in names)
+    assert rejected.count("\n") == 2 and "bad\\udcff\\n\\x1b.png is not an image" in rejected
+    inputs = [folder, folder / "sub", folder / "sub2" / "sub"]
+    out = tmp_path / "maps"
+    code, lines = outcome(saliency, [*inputs, "--root", tiny_root, "--layer", "conv2", "--out", out], capfd)
+    assert code == 2 and len(lines) == 1 and lines[0].isprintable() and "bad\\udcff\\n\\x1b.png" in lines[0]
+    maps = [p for p in out.glob("*.npy") if not p.name.endswith("-unnaturalness.npy")]
+    assert sorted(np.load(p).shape for p in maps) == [(70 + i, 80) for i in range(9)], "none overwrote another"
+    assert len(list(out.iterdir())) == 5 * 9
+    options = ["--root", tiny_root, "--regularizer", "none", "--iterations", "1", "--target", "conv2"]
+    inputs = [folder / os.fsdecode(name) for name in (*odd, b"a.png", b"sub/a.png")]
+    assert outcome(reconstruct, [*inputs, *options, "--out", tmp_path / "pictures"], capfd) == (0, [])
+    assert len(list((tmp_path / "pictures").glob("*/reconstruction.npy.json"))) == 7
+
+
+def test_threads_do_not_disturb_one_another(tmp_path: Path) -> None:
+    """Warnings are the process's: what one thread ignores must not let another one read a bomb."""
+    contents = [encoded("RGB").getvalue(), REFUSED["smaller bomb.png"][0], READABLE["broken exif.jpg"][0]] * 40
+    with ThreadPoolExecutor(8) as pool, warnings.catch_warnings(record=True):
+        filters = list(warnings.filters)
+        results = list(pool.map(lambda content: readable(content), contents))
+        assert list(warnings.filters) == filters
+    assert results == [True, False, True] * 40
+
+
+def readable(content: bytes) -> bool:
+    try:
+        read_rgb(io.BytesIO(content), "x")
+    except UserError:
+        return False
+    return True
+
+
+def test_deep_grey_is_converted_in_little_memory() -> None:
+    values = np.linspace(0, 1, 3_000_000, dtype=np.float32).reshape(1500, 2000)
+    image = Image.fromarray(values)
+    tracemalloc.start()
+    found = to_rgb_array(image)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.abs(found[:, :, 0] - 255.0 * values).max() <= 0.51
+    assert peak < 8 * values.size + 60_000_000, "floats, bytes, three channels, and strips of doubles"
+
+
+def test_files_larger_than_any_image(tmp_path: Path) -> None:
+    path = tmp_path / "large.webp"
+    path.write_bytes(b"RIFF")
+    os.truncate(path, 3 << 30)
+    with pytest.raises(UserError, match=r"large.webp has 3.2 GB, more than any image needs"):
+        read_rgb(path)
