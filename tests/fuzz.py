@@ -30,6 +30,7 @@ with atheris.instrument_imports(include=["models", "pipeline", "numpy.lib"]):
 from tests.test_caffe import VALUES, blob, network, official_network
 
 OFFICIAL = type(official_network())
+OFFICIAL_BLOB = type(official_network().layer.add().blobs.add())
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm"))
 MEMORY = 2.1  # bytes of arrays for each byte of a Caffe file: unpacked doubles become floats, floats stay
 
@@ -46,21 +47,29 @@ def refused(read, *arguments):
 def fuzz_caffe(data: bytes) -> None:
     """Network and mean image; what is read must be what the official runtime reads."""
     caffe._open = lambda path: memoryview(data)
-    refused(caffe.read_binaryproto, Path("x"))
+    mean = refused(caffe.read_binaryproto, Path("x"))
+    if mean is not None:
+        assert mean.nbytes <= MEMORY * len(data)
+        check_blob(mean, OFFICIAL_BLOB.FromString(data))
     found = refused(caffe.read_caffemodel, Path("x"))
     if found is None:
         return
-    arrays = [array for blobs in found.values() for array in blobs]
-    assert sum(array.nbytes for array in arrays) <= MEMORY * len(data)
-    assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in arrays)
+    assert sum(array.nbytes for blobs in found.values() for array in blobs) <= MEMORY * len(data)
     official = OFFICIAL.FromString(data)
     named = {layer.name: layer.blobs for layer in (*official.layers, *official.layer) if layer.blobs}
     for name in found.keys() & named.keys():  # the oldest, nested layers are unknown to this one
         for array, other in zip(found[name], named[name], strict=False):
-            values = np.array(other.double_data or other.data, np.float64).astype(np.float32)
-            legacy = [other.num, other.channels, other.height, other.width]
-            assert np.array_equal(array.ravel(), values), name
-            assert array.shape in (tuple(legacy), tuple(other.shape.dim), (len(values),)) or 0 in legacy, name
+            check_blob(array, other)
+
+
+def check_blob(array: np.ndarray, official) -> None:
+    """An array of ours against the official runtime's message; a mean image has lost its first dimension."""
+    assert array.dtype == np.float32 and np.isfinite(array).all()
+    values = np.array(official.double_data or official.data, np.float64).astype(np.float32)
+    assert np.array_equal(array.ravel(), values)
+    legacy = [official.num, official.channels, official.height, official.width]
+    shapes = (tuple(legacy), tuple(legacy[1:]), tuple(official.shape.dim), tuple(official.shape.dim)[1:])
+    assert array.shape in (*shapes, (len(values),)) or 0 in legacy
 
 
 def corpus_caffe() -> list[bytes]:
@@ -68,7 +77,8 @@ def corpus_caffe() -> list[bytes]:
     small = np.ones((2, 1, 2, 2), np.float32)
     layers = {"conv1": [blob(small), blob(small[0], "packed")], "b": [blob(small, "unpacked", "pieces")]}
     layers["c"] = [blob(small, "none", "double"), blob(small, "packed", "unpacked double")]
-    return [network(layers, form) for form in ("layer", "V1", "V0")] + [blob(VALUES)]
+    means = [blob(VALUES), blob(VALUES, "packed", "double"), blob(small[:1], "unpacked", "pieces")]
+    return [network(layers, form) for form in ("layer", "V1", "V0")] + means
 
 
 def safetensors_bytes(metadata: str) -> bytes:
