@@ -247,7 +247,7 @@ class Run:
 
     def _are_notes(self, noted: dict) -> bool:
         """Whether the notes of a state are such as `_save` makes."""
-        log, decays = noted["log"], noted["facts"].get("decay_at", [])
+        log, decays, most = noted["log"], noted["facts"].get("decay_at", []), noted["facts"].get("iterations")
         lines = [line[1:] for line in log if isinstance(line, list) and len(line) == len(LOG_COLUMNS)]
         lines += [*noted["losses"].values(), decays, [noted["iteration"]]]
         return (
@@ -255,7 +255,8 @@ class Run:
             and noted["losses"].keys() == set(self.names)
             and all(line[0] in self.names and type(line[1]) is int for line in log)
             and all(isinstance(line, list) and all(type(value) in (int, float) for value in line) for line in lines)
-            and noted["iteration"] >= 0
+            and type(most) is int
+            and 0 <= noted["iteration"] <= most
         )
 
     def _conflicts(self, found: artefacts.Facts, done: int) -> list[str]:
