@@ -130,13 +130,16 @@ class Restart:
         """Take up the state of a killed run with the same facts."""
         import torch
 
-        from models.checkpoints import read_tensors
+        from models.checkpoints import AFRESH, check_state, read_state
 
         if not self.state.is_file():
             return
-        tensors, noted = read_tensors(self.state)
-        if noted.get("facts") != json.loads(json.dumps(self.facts)):
+        tensors, noted = read_state(self.state, {"facts": dict, "curves": list})
+        if noted["facts"] != json.loads(json.dumps(self.facts)):
             return
+        check_state(self.state, tensors, dict.fromkeys(("pixels", "velocity"), tuple(self.pixels.shape)))
+        if not are_curves(noted["curves"], self.facts["iterations"]):
+            raise UserError(f"{self.state} holds damaged curves: {AFRESH}")
         with torch.no_grad():
             self.pixels.copy_(tensors["pixels"])
             self.optimizer.velocities[0].copy_(tensors["velocity"])
@@ -170,6 +173,18 @@ class Restart:
         with artefacts.atomic_path(self.state) as temporary:
             tensors = {"pixels": self.pixels, "velocity": self.optimizer.velocities[0]}
             write_tensors(temporary, tensors, {"facts": self.facts, "curves": self.curves})
+
+
+def are_curves(curves: list, most: int) -> bool:
+    """Whether these are the terms of at most so many updates, by the same names."""
+    names = curves[0].keys() if curves and isinstance(curves[0], dict) else set()
+    return len(curves) <= most and all(
+        isinstance(terms, dict)
+        and terms.keys() == names
+        and {"total", "feature"} <= names
+        and all(type(value) in (int, float) for value in terms.values())
+        for terms in curves
+    )
 
 
 def write_curves(folder: Path, restarts: list[Restart]) -> None:
@@ -306,14 +321,17 @@ def held_out_rows(configuration: dict, images: artefacts.Facts) -> list[int]:
         UserError: there are none, the layers were split differently, or these are other images.
     """
     keys = ("num_images", "held_out", "seed", "images_sha256")
-    splits = {tuple(facts.get(key) for key in keys) for facts in configuration["training"].values()}
-    if len(splits) != 1:
+    splits = [[facts.get(key) for key in keys] for facts in configuration["training"].values()]
+    if not splits or any(split != splits[0] for split in splits):
         raise UserError("the layers of the checkpoint were trained on different splits: name rows with --rows")
-    count, held_out, seed, digest = splits.pop()
+    count, held_out, seed, digest = splits[0]
     if not held_out:
         raise UserError("training held no images out: name rows with --rows")
     if digest != images["content_sha256"]:
         raise UserError("the checkpoint was trained on other images: give its images.npy with --images")
+    numbers = (count, held_out, seed)
+    if not all(type(number) is int and number >= 0 for number in numbers) or count > images["shape"][0]:
+        raise UserError("the checkpoint does not say which images it held out: name rows with --rows")
     return split_images(count, held_out, seed)[1].tolist()
 
 
@@ -392,16 +410,13 @@ def read_all_statistics(args, vlm: "VisualLanguageModel", backbone: str) -> dict
 
 def read_statistics(path: Path, backbone: str) -> dict[str, dict]:
     """Mean and std by tap of a projection.safetensors of stage 2."""
-    from models.checkpoints import read_tensors
+    from models.checkpoints import check_channels, read_tensors, take_statistics
 
     tensors, configuration = read_tensors(path)
     if configuration.get("backbone") != backbone:
         raise UserError(f"{path} belongs to {configuration.get('backbone')}, not {backbone}: give another --statistics")
-    statistics: dict[str, dict] = {}
-    for name, value in tensors.items():
-        if name.startswith("statistics."):
-            _, tap, key = name.split(".")
-            statistics.setdefault(tap, {})[key] = value
+    statistics = take_statistics(tensors, path)
+    check_channels({tap: len(values["mean"]) for tap, values in statistics.items()}, backbone, path)
     return statistics
 
 

@@ -42,6 +42,7 @@ PAPER_LAYERS = 6  # layers that the paper trains jointly, over which its loss is
 VALIDATION_BATCH = 16
 SAME_PROJECTION = 2e-3  # of values near 1: what float16 and another machine's eigenvectors may change
 PRECISIONS = ("float32", "bfloat16")
+PROJECTION_FACTS = ("backbone", "weights_sha256", "images_sha256")  # what a projection must state of its making
 LOG_COLUMNS = (
     "layer",
     "iteration",
@@ -230,7 +231,7 @@ class Run:
 
     def _read_state(self, overwrite: bool) -> "tuple[dict[str, torch.Tensor], dict] | None":
         """Tensors and notes of the state, if there is one; with `overwrite` it is removed."""
-        from models.checkpoints import read_tensors
+        from models.checkpoints import AFRESH, check_state, read_state, read_tensors
 
         if overwrite:
             artefacts.discard(self.state)
@@ -238,12 +239,32 @@ class Run:
             check_projection(self.out, read_tensors(self.out)[1], self.configuration)
         if not self.state.is_file():
             return None
-        tensors, noted = read_tensors(self.state)
-        if changed := self._conflicts(noted.get("facts", {}), noted["iteration"]):
+        tensors, noted = read_state(self.state, {"facts": dict, "iteration": int, "log": list, "losses": dict})
+        if not self._are_notes(noted):
+            raise UserError(f"{self.state} holds damaged notes of an interrupted run: {AFRESH}")
+        if changed := self._conflicts(noted["facts"], noted["iteration"]):
             raise UserError(
                 f"{self.state} was made otherwise ({'; '.join(changed)}): use --overwrite or another --root"
             )
+        shapes = [tuple(p.shape) for p in self.optimizer.parameters]
+        check_state(
+            self.state, tensors, {f"{kind}.{i}": s for i, s in enumerate(shapes) for kind in ("parameter", "velocity")}
+        )
         return tensors, noted
+
+    def _are_notes(self, noted: dict) -> bool:
+        """Whether the notes of a state are such as `_save` makes."""
+        log, decays, most = noted["log"], noted["facts"].get("decay_at", []), noted["facts"].get("iterations")
+        lines = [line[1:] for line in log if isinstance(line, list) and len(line) == len(LOG_COLUMNS)]
+        lines += [*noted["losses"].values(), decays, [noted["iteration"]]]
+        return (
+            len(lines) == len(log) + len(self.names) + 2
+            and noted["losses"].keys() == set(self.names)
+            and all(line[0] in self.names and type(line[1]) is int for line in log)
+            and all(isinstance(line, list) and all(type(value) in (int, float) for value in line) for line in lines)
+            and type(most) is int
+            and 0 <= noted["iteration"] <= most
+        )
 
     def _conflicts(self, found: artefacts.Facts, done: int) -> list[str]:
         """What keeps a state from being continued. More iterations and later decays do not: its past is the same."""
@@ -424,19 +445,22 @@ def open_features(folder: Path, layers: list[str] | None) -> tuple[dict[str, np.
     Raises:
         UserError: a layer is missing, unfinished, or was projected otherwise.
     """
-    from models.checkpoints import read_tensors
+    from models.checkpoints import listed_layers, read_tensors
 
     path = folder / "projection.safetensors"
     artefacts.read_sidecar(path, "extract_features.py")
     tensors, configuration = read_tensors(path)
+    there = listed_layers(configuration, path)
+    if missing := [key for key in PROJECTION_FACTS if not isinstance(configuration.get(key), str)]:
+        raise UserError(f"{path} does not state {missing[0]}: rerun extract_features.py --overwrite")
     for layer in layers or []:
-        if layer not in configuration["layers"]:
-            there = ", ".join(configuration["layers"])
+        if layer not in there:
+            there = ", ".join(there)
             raise UserError(f"{folder} has no features of {layer}: choose from {there}, or run extract_features.py")
     digest = artefacts.file_sha256(path)
     features = {}
     views = []
-    for layer in layers or configuration["layers"]:
+    for layer in layers or there:
         features[layer], facts = artefacts.open_array(folder / f"{layer}.npy", "extract_features.py")
         views.append({key: facts[key] for key in ("views", "random_crop", "flip") if key in facts})
         if facts.get("projection_sha256") != digest:
@@ -663,20 +687,12 @@ def export(checkpoint: Path, out: Path) -> None:
 
 def build_model(tensors: dict, layers: list[str], seed: int) -> "VisualLanguageModel":
     """A model with the projections of stage 2 and freshly drawn weights."""
-    from models.checkpoints import PROJECTION_PARTS
-    from models.projection import Projection
+    from models.checkpoints import take_projection, take_statistics
     from models.vlm import VisualLanguageModel
 
-    projections = {
-        layer: Projection(**{part: tensors[f"{layer}.projection.{part}"] for part in PROJECTION_PARTS})
-        for layer in layers
-    }
-    statistics: dict[str, dict] = {}
-    for name, value in tensors.items():
-        if name.startswith("statistics."):
-            _, tap, key = name.split(".")
-            statistics.setdefault(tap, {})[key] = value
-    vlm = VisualLanguageModel(projections, statistics)
+    tensors, source = dict(tensors), "projection.safetensors"
+    projections = {layer: take_projection(tensors, layer, source) for layer in layers}
+    vlm = VisualLanguageModel(projections, take_statistics(tensors, source))
     vlm.initialise(seed)
     return vlm
 

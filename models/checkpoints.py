@@ -16,13 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from models.backbones import ARCHITECTURES
 from models.errors import UserError
 from models.projection import Projection
-from models.vlm import VisualLanguageModel
+from models.vlm import LayerModel, VisualLanguageModel
 
 FORMAT = "cnn-vlm 1"
 PROJECTION_PARTS = ("mean", "std", "components", "pca_mean")
 FULL_PRECISION = ("mean", "std", "pca_mean")  # statistics stay float32 in a float16 file
+AFRESH = "start afresh with --overwrite, or put the right file back"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -80,40 +83,79 @@ def vlm_from_tensors(
     """Rebuild a model from the tensors of `vlm_tensors`, whatever their precision.
 
     Raises:
-        UserError: a tensor is missing, left over, of another shape, or not finite.
+        UserError: a tensor is missing, left over, of another shape or type, or not finite.
     """
     tensors = dict(tensors)
-    for name, value in tensors.items():
-        if not value.dtype.is_floating_point or not bool(torch.isfinite(value).all()):
-            raise UserError(f"{source}: tensor {name} holds values that are no finite numbers: give another file")
-
-    def take(name: str) -> Tensor:
-        if name not in tensors:
-            raise UserError(f"{source}: tensor {name} is missing: give another file")
-        return tensors.pop(name).float()
-
+    _check_finite(tensors, source)
     projections, states = {}, {}
     for layer in layers:
-        parts = {part: take(f"{layer}.projection.{part}") for part in PROJECTION_PARTS}
-        _check_projection(parts, f"{source}: projection of {layer}")
-        projections[layer] = Projection(**parts)
+        projections[layer] = take_projection(tensors, layer, source)
+        expected = _state_shapes(projections[layer].size)
         prefix = f"{layer}."
-        states[layer] = {n.removeprefix(prefix): take(n) for n in list(tensors) if n.startswith(prefix)}
+        states[layer] = {n.removeprefix(prefix): tensors.pop(n) for n in list(tensors) if n.startswith(prefix)}
+        for name in sorted(expected.keys() | states[layer].keys()):
+            found = tuple(states[layer][name].shape) if name in states[layer] else None
+            if expected.get(name) != found:
+                what = f"{layer}.{name}"
+                raise UserError(f"{source}: tensor {what!r:.80} should be {expected.get(name)}, found {found}")
+    statistics = take_statistics(tensors, source)
+    if tensors:
+        raise UserError(f"{source}: unexpected tensor {next(iter(tensors))!r:.80}: give another file")
+    vlm = VisualLanguageModel(projections, statistics)
+    for layer, state in states.items():
+        vlm.layers[layer].load_state_dict(state)
+    return vlm
+
+
+def _state_shapes(size: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a `LayerModel`'s state, without its memory: a small file may announce a large model."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in LayerModel(size).state_dict().items()}
+
+
+def _check_finite(tensors: Mapping[str, Tensor], source: object) -> None:
+    for name, value in tensors.items():
+        if value.dtype not in FLOATS or not bool(torch.isfinite(value.float()).all()):
+            raise UserError(f"{source}: tensor {name!r:.80} holds values that are no finite numbers: give another file")
+
+
+def take_projection(tensors: dict[str, Tensor], layer: str, source: object) -> Projection:
+    """The projection of a layer; its tensors are taken out of `tensors`.
+
+    Raises:
+        UserError: a tensor is missing, not finite, or does not fit the others.
+    """
+    parts = {}
+    for part in PROJECTION_PARTS:
+        name = f"{layer}.projection.{part}"
+        if name not in tensors:
+            raise UserError(f"{source}: tensor {name} is missing: give another file")
+        parts[part] = tensors.pop(name)
+    _check_finite(parts, f"{source}: projection of {layer}")
+    _check_projection(parts, f"{source}: projection of {layer}")
+    return Projection(**parts)
+
+
+def take_statistics(tensors: dict[str, Tensor], source: object) -> dict[str, dict[str, Tensor]]:
+    """Mean and std (C,) by tap; their tensors are taken out of `tensors`.
+
+    Raises:
+        UserError: one of the two is missing, they are not finite or of different lengths, or a std is not positive.
+    """
     statistics: dict[str, dict[str, Tensor]] = {}
     for name in [n for n in tensors if n.startswith("statistics.") and n.count(".") == 2]:
         _, tap, key = name.split(".")
-        statistics.setdefault(tap, {})[key] = take(name)
-    if tensors:
-        raise UserError(f"{source}: unexpected tensor {next(iter(tensors))}: give another file")
-    vlm = VisualLanguageModel(projections, statistics)
-    for layer, state in states.items():
-        expected = {n: tuple(v.shape) for n, v in vlm.layers[layer].state_dict().items()}
-        for name in sorted(expected.keys() | state.keys()):
-            found = tuple(state[name].shape) if name in state else None
-            if expected.get(name) != found:
-                raise UserError(f"{source}: tensor {layer}.{name} should be {expected.get(name)}, found {found}")
-        vlm.layers[layer].load_state_dict(state)
-    return vlm
+        statistics.setdefault(tap, {})[key] = tensors.pop(name)
+    for tap, found in statistics.items():
+        what = f"{source}: statistics of {tap!r:.80}"
+        _check_finite(found, what)
+        shapes = {key: tuple(value.shape) for key, value in sorted(found.items())}
+        if list(shapes) != ["mean", "std"] or len(shapes["mean"]) != 1 or shapes["mean"] != shapes["std"]:
+            raise UserError(f"{what} have inconsistent shapes {shapes}: give another file")
+        statistics[tap] = {key: found[key].float() for key in ("mean", "std")}
+        if not bool((statistics[tap]["std"] > 0).all()):
+            raise UserError(f"{what} have deviations that are not positive: give another file")
+    return statistics
 
 
 def _check_projection(parts: Mapping[str, Tensor], what: str) -> None:
@@ -127,8 +169,23 @@ def _check_projection(parts: Mapping[str, Tensor], what: str) -> None:
     if not shapes_fit:
         shapes = {name: tuple(part.shape) for name, part in parts.items()}
         raise UserError(f"{what} has inconsistent shapes {shapes}: give another file")
-    if not bool((parts["std"] > 0).all()):
+    if not bool((parts["std"].float() > 0).all()):
         raise UserError(f"{what} has deviations that are not positive: give another file")
+
+
+def listed_layers(configuration: Mapping[str, Any], path: Path) -> list[str]:
+    """The layers that a configuration names.
+
+    Raises:
+        UserError: none, or not by names that a layer can have.
+    """
+    layers = configuration.get("layers")
+    if not isinstance(layers, list) or not layers or not all(isinstance(name, str) for name in layers):
+        raise UserError(f"{path} does not say which layers it holds: give another file")
+    for name in layers:
+        if not name.isidentifier() or hasattr(torch.nn.ModuleDict(), name) or layers.count(name) > 1:
+            raise UserError(f"{path} holds a layer called {name[:40]!r}, twice or by no proper name: give another file")
+    return layers
 
 
 def load_vlm(path: Path) -> tuple[VisualLanguageModel, dict[str, Any]]:
@@ -138,12 +195,56 @@ def load_vlm(path: Path) -> tuple[VisualLanguageModel, dict[str, Any]]:
         UserError: in one line, what does not fit.
     """
     tensors, configuration = read_tensors(path)
-    layers = configuration.get("layers")
-    if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers) or not layers:
-        raise UserError(f"{path} does not say which layers it holds: give another file")
-    if not isinstance(configuration.get("backbone"), str):
+    layers = listed_layers(configuration, path)
+    backbone, training = configuration.get("backbone"), configuration.setdefault("training", {})
+    if not isinstance(backbone, str):
         raise UserError(f"{path} does not say which backbone it reads: give another file")
-    return vlm_from_tensors(tensors, layers, path), configuration
+    if not isinstance(training, dict) or not all(isinstance(facts, dict) for facts in training.values()):
+        raise UserError(f"{path} does not say how its layers were trained: give another file")
+    vlm = vlm_from_tensors(tensors, layers, path)
+    channels = {layer: len(projection.mean) for layer, projection in vlm.projections.items()}
+    check_channels(channels | {tap: len(values["mean"]) for tap, values in vlm.statistics.items()}, backbone, path)
+    return vlm, configuration
+
+
+def check_channels(channels: Mapping[str, int], backbone: str, path: Path) -> None:
+    """Raise a UserError if a tap that `path` describes is not the backbone's; one that is unknown is refused later."""
+    if backbone not in ARCHITECTURES:
+        return
+    architecture = ARCHITECTURES[backbone]
+    for tap, found in channels.items():
+        if tap not in architecture.taps:
+            raise UserError(f"{path} describes {tap!r:.80}, which {backbone} has not: give another file")
+        if found != architecture.channels(tap):
+            raise UserError(
+                f"{path} reads {found} channels of {tap}, {backbone} has {architecture.channels(tap)}: "
+                "give another file"
+            )
+
+
+def read_state(path: Path, types: Mapping[str, type]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and notes of an interrupted run's state; `types` are those of the notes it must have.
+
+    Raises:
+        UserError: damaged, or not the state of such a run.
+    """
+    try:
+        tensors, noted = read_tensors(path)
+        _check_finite(tensors, path)
+    except UserError as error:
+        raise UserError(f"the state of an interrupted run is damaged ({error}): {AFRESH}") from None
+    for name, kind in types.items():
+        if type(noted.get(name)) is not kind:
+            raise UserError(f"{path} says {noted.get(name)!r:.40} for {name!r}: {AFRESH}")
+    return tensors, noted
+
+
+def check_state(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise a UserError if a state does not consist of exactly the tensors of `shapes`."""
+    for name in sorted(shapes.keys() | tensors.keys()):
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if found != shapes.get(name):
+            raise UserError(f"{path}: tensor {name!r:.80} should be {shapes.get(name)}, found {found}: {AFRESH}")
 
 
 def merge_layers(first: Mapping[str, Tensor], second: Mapping[str, Tensor], layers: list[str]) -> dict[str, Tensor]:

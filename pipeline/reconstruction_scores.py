@@ -75,10 +75,13 @@ class Result:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of this command."""
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="results of reconstruct.py")
+    parser.add_argument("folders", nargs="+", type=cli.folder, metavar="FOLDER", help="results of reconstruct.py")
     parser.add_argument("--grid", type=cli.natural, default=8, help="images in pictures.png (default: 8)")
     parser.add_argument(
-        "--out", type=Path, default=Path("out/reconstruction-scores"), help="(default: out/reconstruction-scores)"
+        "--out",
+        type=cli.writable_folder,
+        default=Path("out/reconstruction-scores"),
+        help="(default: out/reconstruction-scores)",
     )
     cli.add_weights_options(parser)
 

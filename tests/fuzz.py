@@ -3,33 +3,50 @@
     pip install atheris protobuf
     python tests/fuzz.py caffe -max_total_time=1800 -rss_limit_mb=2048 CORPUS
     python tests/fuzz.py metadata -max_total_time=1800 -rss_limit_mb=2048 CORPUS
+    python tests/fuzz.py pickles -max_total_time=1800 -rss_limit_mb=2048 CORPUS
+    python tests/fuzz.py tables -max_total_time=1800 -rss_limit_mb=2048 CORPUS
 
 Whatever the bytes: a UserError of one line, or values that fit. The Caffe reader's are compared with the official
 protobuf runtime's. CORPUS is a folder; where it is empty it is filled with whole files to start from.
 """
 
+import io
 import json
-import struct
+import pickle
 import sys
 import tempfile
 from pathlib import Path
 
 import atheris
 import numpy as np
+from scipy.io import savemat
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import torch  # noqa: F401 (not to be instrumented)
+import torch  # not to be instrumented
 
-with atheris.instrument_imports(include=["models", "pipeline", "numpy.lib"]):
+with atheris.instrument_imports(include=["models", "pipeline", "numpy.lib", "reconstruct", "train_vlm"]):
     import reconstruct
     import train_vlm
-    from models import caffe, checkpoints
+    from models import caffe, checkpoints, weights
+    from models.backbones import ARCHITECTURES
     from models.errors import UserError
-    from pipeline import artefacts
+    from pipeline import artefacts, fixations
 
 from tests.test_caffe import VALUES, blob, network, official_network
+from tests.test_checkpoints import (
+    Case,
+    encode,
+    model_case,
+    reconstruction_case,
+    reconstruction_restart,
+    training_case,
+    training_run,
+)
+from tests.test_fixations import STIMULI, cells, osie
+from tests.tiny import TINY
 
 OFFICIAL = type(official_network())
+OFFICIAL_BLOB = type(official_network().layer.add().blobs.add())
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm"))
 MEMORY = 2.1  # bytes of arrays for each byte of a Caffe file: unpacked doubles become floats, floats stay
 
@@ -46,21 +63,29 @@ def refused(read, *arguments):
 def fuzz_caffe(data: bytes) -> None:
     """Network and mean image; what is read must be what the official runtime reads."""
     caffe._open = lambda path: memoryview(data)
-    refused(caffe.read_binaryproto, Path("x"))
+    mean = refused(caffe.read_binaryproto, Path("x"))
+    if mean is not None:
+        assert mean.nbytes <= MEMORY * len(data)
+        check_blob(mean, OFFICIAL_BLOB.FromString(data))
     found = refused(caffe.read_caffemodel, Path("x"))
     if found is None:
         return
-    arrays = [array for blobs in found.values() for array in blobs]
-    assert sum(array.nbytes for array in arrays) <= MEMORY * len(data)
-    assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in arrays)
+    assert sum(array.nbytes for blobs in found.values() for array in blobs) <= MEMORY * len(data)
     official = OFFICIAL.FromString(data)
     named = {layer.name: layer.blobs for layer in (*official.layers, *official.layer) if layer.blobs}
     for name in found.keys() & named.keys():  # the oldest, nested layers are unknown to this one
         for array, other in zip(found[name], named[name], strict=False):
-            values = np.array(other.double_data or other.data, np.float64).astype(np.float32)
-            legacy = [other.num, other.channels, other.height, other.width]
-            assert np.array_equal(array.ravel(), values), name
-            assert array.shape in (tuple(legacy), tuple(other.shape.dim), (len(values),)) or 0 in legacy, name
+            check_blob(array, other)
+
+
+def check_blob(array: np.ndarray, official) -> None:
+    """An array of ours against the official runtime's message; a mean image has lost its first dimension."""
+    assert array.dtype == np.float32 and np.isfinite(array).all()
+    values = np.array(official.double_data or official.data, np.float64).astype(np.float32)
+    assert np.array_equal(array.ravel(), values)
+    legacy = [official.num, official.channels, official.height, official.width]
+    shapes = (tuple(legacy), tuple(legacy[1:]), tuple(official.shape.dim), tuple(official.shape.dim)[1:])
+    assert array.shape in (*shapes, (len(values),)) or 0 in legacy
 
 
 def corpus_caffe() -> list[bytes]:
@@ -68,37 +93,33 @@ def corpus_caffe() -> list[bytes]:
     small = np.ones((2, 1, 2, 2), np.float32)
     layers = {"conv1": [blob(small), blob(small[0], "packed")], "b": [blob(small, "unpacked", "pieces")]}
     layers["c"] = [blob(small, "none", "double"), blob(small, "packed", "unpacked double")]
-    return [network(layers, form) for form in ("layer", "V1", "V0")] + [blob(VALUES)]
+    means = [blob(VALUES), blob(VALUES, "packed", "double"), blob(small[:1], "unpacked", "pieces")]
+    return [network(layers, form) for form in ("layer", "V1", "V0")] + means
 
 
-def safetensors_bytes(metadata: str) -> bytes:
-    """The file of a minimal language model with this text as its configuration."""
-    header: dict = {"__metadata__": {"format": checkpoints.FORMAT, "configuration": metadata}}
-    values = b""
-    for name, value in checkpoints.vlm_tensors(MODEL).items():
-        raw = value.numpy().tobytes()
-        offsets = [len(values), len(values) + len(raw)]
-        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": offsets}
-        values += raw
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + values
+def named(whole: Case, configuration: str) -> bytes:
+    """A file with the tensors of another and this text as its configuration; layers are called as that says."""
+    try:
+        layers = json.loads(configuration)["layers"]
+        names = [name for name in layers if isinstance(name, str)][:3]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        names = []
+    entries = dict(whole.entries)
+    for name in names if whole is MODEL else ():
+        entries |= {n.replace("conv1", name, 1): e for n, e in whole.entries.items() if n.startswith("conv1.")}
+    return encode(entries, {"configuration": configuration})
 
 
-def tiny_model():
-    """A language model of one component."""
-    from models.projection import Projection
-    from models.vlm import VisualLanguageModel
-
-    projection = Projection(torch.zeros(1), torch.ones(1), torch.ones(1, 1), torch.zeros(1))
-    return VisualLanguageModel({"conv1": projection}, {"data": {"mean": torch.zeros(3), "std": torch.ones(3)}})
-
-
-MODEL = tiny_model()
+ARCHITECTURES["tiny"] = TINY
+MODEL, TRAINING, RECONSTRUCTION = (case(FOLDER) for case in (model_case, training_case, reconstruction_case))
+MODEL.entries = {name: entry for name, entry in MODEL.entries.items() if not name.startswith("conv2")}
+MODEL.configuration["layers"] = ["conv1"]
+RUN, RESTART = training_run(FOLDER), reconstruction_restart(FOLDER)
 FACTS = {"stage": "x", "seed": 0}
 
 
 def fuzz_metadata(data: bytes) -> None:
-    """By the first byte: a sidecar, an array, a checkpoint, a checkpoint's configuration, a note of progress."""
+    """By the first byte: a sidecar, an array, a checkpoint, its configuration, a note of progress, states' notes."""
     kind, data = data[:1], data[1:]
     path = FOLDER / "x.npy"
     if kind in b"0":
@@ -114,17 +135,50 @@ def fuzz_metadata(data: bytes) -> None:
         assert found is None or (found[0].shape == (2, 3) and found[0].dtype == np.float32)
     elif kind in b"23":
         path = FOLDER / "projection.safetensors"
-        path.write_bytes(data if kind == b"2" else safetensors_bytes(data.decode("utf-8", "replace")))
+        path.write_bytes(data if kind == b"2" else named(MODEL, data.decode("utf-8", "replace")))
         artefacts.sidecar_path(path).write_text("{}")
         refused(checkpoints.load_vlm, path)
-        refused(reconstruct.read_statistics, path, "alexnet")
+        refused(reconstruct.read_statistics, path, "tiny")
         refused(train_vlm.open_features, FOLDER, None)
-        refused(train_vlm.open_features, FOLDER, ["conv1"])
     elif kind in b"4":
         (FOLDER / "y.npy.partial").write_bytes(ARRAY)
         (FOLDER / "y.npy.progress").write_bytes(data)
         writer = artefacts.ArrayWriter(FOLDER / "y.npy", (2, 3), "float32", FACTS)
         assert 0 <= writer.done <= 2 and isinstance(writer.state, dict)
+    elif kind in b"5":
+        RUN.state.write_bytes(named(TRAINING, data.decode("utf-8", "replace")))
+        RUN.iteration, RUN.log = 0, []
+        refused(RUN.resume, False)
+        assert 0 <= RUN.iteration <= 8 and all(len(line) == 8 for line in RUN.log)
+    elif kind in b"6":
+        RESTART.state.write_bytes(named(RECONSTRUCTION, data.decode("utf-8", "replace")))
+        RESTART.curves = []
+        refused(RESTART.resume)
+        assert all(isinstance(terms["total"], int | float) for terms in RESTART.curves)
+
+
+def fuzz_pickles(data: bytes) -> None:
+    """Weights of any kind: dicts of arrays, no more memory than the file times a little."""
+    path = FOLDER / "weights"
+    path.write_bytes(data)
+    found = refused(weights.load_package_pickle, path)
+    arrays = list((found or {}).values())
+    while arrays:
+        value = arrays.pop()
+        arrays += value.values() if isinstance(value, dict) else []
+        assert not isinstance(value, np.ndarray) or value.nbytes <= len(data)
+    found = refused(weights.read_weights, path, TINY)
+    assert found is None or found.keys() <= TINY.parameter_shapes().keys()
+
+
+def fuzz_tables(data: bytes) -> None:
+    """By the first byte: a MATLAB file or a table of fixations; all that are kept lie in their image."""
+    path = FOLDER / ("x.csv" if data[:1] in b"c" else "x.mat")
+    path.write_bytes(data[1:])
+    found = refused(fixations.read_fixations, path, STIMULI)
+    if found is not None:
+        height, width = found.sizes[found.image_index].T
+        assert ((found.x >= 0) & (found.x < width) & (found.y >= 0) & (found.y < height)).all()
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -140,19 +194,48 @@ def corpus_metadata() -> list[bytes]:
     """Whole files of every kind."""
     described = {"shape": [2, 3], "dtype": "float32", **FACTS}
     progress = {"done": 1, "facts": described, "state": {"rejected": {"0": "x"}}}
-    configuration = {"backbone": "alexnet", "layers": ["conv1"], "projection_sha256": "0", "training": {}}
-    whole = json.dumps(configuration)
+    texts = [case.metadata()["configuration"].encode() for case in (MODEL, TRAINING, RECONSTRUCTION)]
     return [
         b"0" + json.dumps(described).encode(),
         b"1" + ARRAY,
         b"1" + npy(np.asfortranarray(np.ones((2, 3), ">f8"))),
-        b"2" + safetensors_bytes(whole),
-        b"3" + whole.encode(),
+        b"2" + MODEL.whole(),
+        b"3" + texts[0],
         b"4" + json.dumps(progress).encode(),
+        b"5" + texts[1],
+        b"6" + texts[2],
     ]
 
 
-TARGETS = {"caffe": (fuzz_caffe, corpus_caffe), "metadata": (fuzz_metadata, corpus_metadata)}
+def corpus_pickles() -> list[bytes]:
+    """The package's form in two protocols, torch's in two, and safetensors."""
+    arrays = {"a": np.ones((2, 3), "f4"), "b": {"c": np.asfortranarray(np.ones((2, 3), ">f8"))}, "d": [1, None, "e"]}
+    whole = {name: torch.from_numpy(np.frombuffer(raw, "<f4").copy()) for name, (_, _, raw) in MODEL.entries.items()}
+    files = [pickle.dumps(arrays, protocol=protocol) for protocol in (2, 3, 4)]
+    for zipped in (True, False):
+        with io.BytesIO() as stream:
+            torch.save(dict(list(whole.items())[:2]), stream, _use_new_zipfile_serialization=zipped)
+            files.append(stream.getvalue())
+    return [*files, MODEL.whole()]
+
+
+def corpus_tables() -> list[bytes]:
+    """OSIE's and Toronto's form, and a table."""
+    spot, files = (np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]])), []
+    for variables in ({"fixations": osie(("a.jpg", [spot, spot]))}, {"white": cells(np.eye(10), np.eye(10))}):
+        for packed in (False, True):
+            with io.BytesIO() as stream:
+                savemat(stream, variables, do_compression=packed)
+                files.append(b"m" + stream.getvalue())
+    return [*files, b"cimage,subject,x,y\na.jpg,1,2,3\nb.png,,1.5,nan\n"]
+
+
+TARGETS = {
+    "caffe": (fuzz_caffe, corpus_caffe),
+    "metadata": (fuzz_metadata, corpus_metadata),
+    "pickles": (fuzz_pickles, corpus_pickles),
+    "tables": (fuzz_tables, corpus_tables),
+}
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
 """Every option of every script with values that make no sense: exit code 2 and one line, never a traceback.
 
-The options come from the scripts' own parsers, so that a new one is covered by itself. All runs are on a workspace of
-a tiny network, in this process; a value that is merely large may keep a script busy, which is then interrupted.
+The scripts and their commands come from the folders, the options from their own parsers, so that new ones are covered
+by themselves. All runs are on a workspace of a tiny network, in this process; a value that is merely large may keep a
+script busy, which is then interrupted. Of scripts without a command below, such as benchmarks, the parser alone is
+tried.
 """
 
 import argparse
@@ -18,11 +20,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+import reconstruct
 import run_pretrained_model
-from models import weights
+from models import classifier, picture_metrics, weights
 from models.backbones import ARCHITECTURES, random_parameters
 from models.checkpoints import load_vlm
 from models.errors import UserError
@@ -35,7 +39,8 @@ if sys.platform != "linux":
     pytest.skip("memory is limited and measured as Linux does it", allow_module_level=True)
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "evaluate")  # of commands: see test_evaluate.py
+MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in ROOT.glob("*.py"))
+MODULES += sorted(f"benchmarks.{p.stem}" for p in ROOT.glob("benchmarks/*.py"))
 WRITTEN = {"root", "cache"}  # folders that need not exist, beside those of the writable types
 NO_NUMBERS = ["", " ", "nonsense", "nan", "inf", "-1", "-0.5", "1e400", "1;2", "0x10"]
 NO_PATHS = ["", " ", "nonsense", "-1"]
@@ -72,6 +77,14 @@ def tiny_workspace(tiny: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with pytest.MonkeyPatch.context() as patch:
         for shipped in ("RECONSTRUCTION", "SALIENCY"):
             patch.setattr(run_pretrained_model, shipped, root / "vlm.safetensors")
+        patch.setattr(classifier, "find_weights", lambda: None)
+        patch.setattr(picture_metrics, "ssim", lambda *_: 0.5)  # its window is larger than these pictures
+        patch.setattr(figures, "save_figure", lambda *_: None)
+        reconstruct.main(base_command("reconstruct", root))
+        (root / "maps").mkdir()
+        for photo in (root / "photos").iterdir():
+            np.save(root / "maps" / f"{photo.stem}.npy", np.asarray(Image.open(photo).convert("L")))
+        (root / "fixations.csv").write_text("image,subject,x,y\n0.png,0,5,6\n0.png,1,7,8\n1.png,1,9,9\n")
         yield root
 
 
@@ -80,6 +93,8 @@ def base_command(script: str, root: Path, fresh: bool = True) -> list[str]:
     stage = ["--preset", "tiny", "--root", str(root), "--device", "cpu", *(["--overwrite"] if fresh else [])]
     random = ["--weights", "random"]
     once = ["--iterations", "1"]
+    alone = ["--device", "cpu", *random, "--overwrite", "--out", str(root / "o")]
+    maps = ["--maps", str(root / "maps"), "--vlm", str(root / "vlm.safetensors")]
     return {
         "prepare_images": [*stage, "--source", str(root / "photos"), "--num-images", "3"],
         "extract_features": [*stage, *random, "--layers", "conv1", "conv2", "--pca-positions", "40"],
@@ -88,7 +103,10 @@ def base_command(script: str, root: Path, fresh: bool = True) -> list[str]:
         "saliency": [str(root / "photo.png"), *stage, *random],
         "run_all": [*stage, *random, *once, "--source", str(root / "photos"), "--reconstruction-iterations", "1"]
         + ["--image", str(root / "photo.png"), "--layers", "conv1", "--num-images", "3"],
-        "run_pretrained_model": [str(root / "photo.png"), *random, *once, "--device", "cpu", "--out", str(root / "o")],
+        "run_pretrained_model": [str(root / "photo.png"), *alone, *once],
+        "evaluate fixations": [*alone, "--stimuli", str(root / "photos"), "--fixations", str(root / "fixations.csv")]
+        + maps,
+        "evaluate reconstruction": [str(root / "reconstructions"), *alone],
     }[script]
 
 
@@ -119,17 +137,35 @@ def limits() -> Iterator[None]:
 def outcome(script: str, argv: list[str], capsys: pytest.CaptureFixture) -> tuple[int, str]:
     """Exit code and stderr of a script in this process; exceptions that it does not catch are the test's failure."""
     capsys.readouterr()
+    module, *command = script.split()
     try:
         with limits():
-            code = cli.run(lambda: importlib.import_module(script).main(argv))
+            code = cli.run(lambda: importlib.import_module(module).main([*command, *argv]))
     except SystemExit as exit:
         code = exit.code
     return code, capsys.readouterr().err
 
 
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """The parser of every script, and of every command of a script that has several."""
+    found = {}
+    for module in MODULES:
+        source = ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text()
+        if "def get_parser(" not in source:
+            assert "argparse" not in source, f"{module} has options that are not covered here"
+            continue
+        parser = importlib.import_module(module).get_parser()
+        commands = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        found |= {f"{module} {n}": p for n, p in commands[0].choices.items()} if commands else {module: parser}
+    return found
+
+
+PARSERS = parsers()
+SCRIPTS = [script for script in PARSERS if not script.startswith("benchmarks.")]
+
+
 def options_of(script: str) -> list[argparse.Action]:
-    actions = importlib.import_module(script).get_parser()._actions
-    return [a for a in actions if not isinstance(a, argparse._HelpAction)]
+    return [a for a in PARSERS[script]._actions if not isinstance(a, argparse._HelpAction)]
 
 
 def with_value(command: list[str], action: argparse.Action, value: str) -> list[str]:
@@ -235,12 +271,34 @@ def test_mistakes_with_options_themselves(script: str, capsys: pytest.CaptureFix
         check(script, wrong, capsys, (2,))
 
 
+OTHERS = [pytest.param(s, a, id=f"{s}-{a.dest}") for s in PARSERS if s not in SCRIPTS for a in options_of(s)]
+
+
+@pytest.mark.parametrize(("script", "action"), OTHERS)
+def test_nonsense_is_no_value_of_other_scripts(
+    script: str, action: argparse.Action, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    if is_path(action) and action.type is None:
+        pytest.skip("it takes any text")
+    for value in [*NO_NUMBERS, "0x"] if not is_path(action) else ["", str(tmp_path / "a" / ("x" * 300))]:
+        with pytest.raises(SystemExit) as caught:
+            PARSERS[script].parse_args(with_value([], action, value))
+        assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_every_script_is_here() -> None:
+    assert {script.split()[0] for script in SCRIPTS} == {p.stem for p in ROOT.glob("*.py")}
+    assert {"evaluate fixations", "evaluate reconstruction"} <= set(SCRIPTS) and len(CASES) > 100
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_mistakes_in_a_process_of_their_own(script: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / f"{script}.py"), "--seed", "many"]
+    module, *arguments = script.split()
+    command = [sys.executable, str(ROOT / f"{module}.py"), *arguments, "--seed", "many"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith(f"{script}.py: argument --seed: invalid natural value: 'many'")
+    name = " ".join([f"{module}.py", *arguments])
+    assert result.stderr.startswith(f"{name}: argument --seed: invalid natural value: 'many'")
     assert not result.stdout and not list(tmp_path.iterdir())
 
 

@@ -171,6 +171,44 @@ def test_no_fixations_and_one_fixation():
     assert metrics.auc(values, [2.5], [1.5]) == pytest.approx(6.5 / 12)
 
 
+@pytest.mark.parametrize("fixations", [0, 1, 5])
+@pytest.mark.parametrize("others", [0, 1, 5])
+@pytest.mark.parametrize("level", [None, 0.0, 7.0, -3.0, 1e-320, 1e300])
+def test_every_metric_is_defined_for_poor_data(fixations, others, level):
+    """No fixation, one, or some, here and elsewhere, on a map of one value (`level`) or not: the module's table."""
+    height, width = 12, 9
+    values = np.random.default_rng(4).random((height, width)) if level is None else np.full((height, width), level)
+    own, other = (random_fixations(count, height, width, seed) for seed, count in enumerate((fixations, others)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = metrics.all_scores(values, *own, *other, sigma=2)
+    assert list(scores) == list(metrics.METRICS)
+    undefined = set(metrics.METRICS) if not fixations else set() if others else {"sauc"}
+    assert {name for name, score in scores.items() if math.isnan(score)} == undefined
+    if fixations and level is not None:
+        uniform = metrics.all_scores(np.ones((height, width)), *own, *other, sigma=2)
+        assert scores == pytest.approx(uniform, nan_ok=True) and (scores["auc"], scores["nss"], scores["cc"]) == (
+            0.5,
+            0,
+            0,
+        )
+    assert metrics.inter_observer(*own, np.zeros(fixations, int), *other, height, width) == pytest.approx(
+        dict.fromkeys(("auc", "sauc", "nss"), math.nan), nan_ok=True
+    )
+
+
+def test_one_pixel():
+    scores = metrics.all_scores([[3.0]], [0.5], [0.5], [0], [0])
+    assert scores == pytest.approx({"auc": 0.5, "sauc": 0.5, "nss": 0, "cc": 0, "sim": 1, "kld": 0}, abs=1e-9)
+
+
+def test_one_fixation_by_hand():
+    values = np.arange(6.0).reshape(2, 3)
+    assert metrics.auc(values, [2], [1]) == pytest.approx(5.5 / 6)  # five pixels below, itself one half
+    assert metrics.shuffled_auc(values, [1], [0], [0, 1, 2, 2], [0, 0, 0, 1]) == pytest.approx(1.5 / 4)
+    assert metrics.nss(values, [2], [1]) == pytest.approx(2.5 / math.sqrt(35 / 12))
+
+
 def test_all_scores_are_the_single_ones():
     values = np.random.default_rng(1).random((20, 30))
     x, y = random_fixations(9, 20, 30)

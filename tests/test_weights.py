@@ -5,6 +5,7 @@ import hashlib
 import io
 import pickle
 import struct
+import tracemalloc
 import zipfile
 from dataclasses import replace
 from importlib.util import find_spec
@@ -438,12 +439,60 @@ def test_unpickler_refuses_damaged_arrays(tmp_path):
         b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n}X\x05\x00\x00\x00_makeNsb.",  # alters what it names
         b"\x80\x02cnumpy.core.multiarray\n_reconstruct\nN}X\x05\x00\x00\x00_makeNs\x86b.",
         b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.",  # a dict that holds itself
+        alter(content, b"K\x07K\t\x86", b"X\x01\x00\x00\x00aJ\xff\xff\xff\x7f\x86"),  # "a" × 2³¹: a text of 2 GB
+        alter(content, b"K\x07K\t\x86", b"]"),
     ]
     path = tmp_path / "w"
     for raw in damaged:
         path.write_bytes(raw)
         with pytest.raises(UserError, match="is refused"):
             load_package_pickle(path)
+
+
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        (b"\x80\x02K\x01r\xff\xff\xff\x3f.", "it holds no dict"),
+        (b"\x80\x02}c__builtin__\ndict\n)R.", "it asks for __builtin__.dict"),
+        (b"\x80\x02})" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b"K\x01s.", "keys are no texts"),
+        (b"\x80\x02}()" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b"K\x01u.", "keys are no texts"),
+        (b"\x80\x04\x8f()" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b"\x90.", "opcode 0x8f"),
+        (b"\x80\x04\x8e" + struct.pack("<Q", 4 << 40) + b"x.", "EOFError"),
+        (b"\x80\x02I9" + b"9" * 9000 + b"\n.", "opcode 0x49"),
+        (b"\x80\x02}Ppersistent\n.", "opcode 0x50"),
+        (b"\x80\x02}\x82\x01.", "opcode 0x82"),
+        (b"\x80\x02(icollections\nCounter\n.", "opcode 0x69"),
+    ],
+    ids=["memo", "builtin", "key", "keys", "set", "bytes", "digits", "persistent", "extension", "instance"],
+)
+def test_unpickler_takes_neither_time_nor_memory_on_a_few_bytes(tmp_path, raw, message):
+    path = tmp_path / "w"
+    path.write_bytes(raw)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=message):
+            load_package_pickle(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_is_no_more_than_a_multiple_of_the_file(tmp_path, tiny):
+    """A thousand arrays that share one block of bytes, and an archive that unpacks to much more than it takes."""
+    path = tmp_path / "w"
+    whole = pickle.dumps({"a": np.zeros(10_000, "f4")}, protocol=3)
+    array = b"h\x02h\x06R(K\x01M\x10\x27\x85h\x0c\x89h\x0ftb"  # type and bytes as noted before
+    more = b"".join(b"X\x04\x00\x00\x00%04d" % i + array + b"s" for i in range(1000))
+    path.write_bytes(whole[:-1] + more + b".")
+    assert len(pickle.loads(path.read_bytes())) == 1001
+    with pytest.raises(UserError, match="share their bytes"):
+        load_package_pickle(path)
+    save_torch({"conv1.weight": torch.zeros(1_000_000)}, tmp_path / "whole")
+    with zipfile.ZipFile(tmp_path / "whole") as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    assert len(torch.load(path)["conv1.weight"]) == 1_000_000
+    assert "unpacks to more than its size" in refusal(TINY, path)
 
 
 def test_unpickler_takes_no_time_on_what_is_met_again_and_again(tmp_path):
