@@ -113,10 +113,11 @@ def print_plan(args: argparse.Namespace) -> None:
         cost, alone = costs[stage], stage in NOT_SHARED
         disk, memory, read, sent = map(artefacts.format_bytes, (cost.disk, cost.memory, cost.read, cost.network))
         hours = cost.hours(args.gflops, 1 if alone else args.processes)
+        took = f"{hours:.2g} h" if hours >= 0.1 else f"{3600 * hours:.2g} s"
         by, network = f"at {args.gflops:g} GFLOP/s", ""
         if args.processes > 1 and not alone:
             by, network = f"{by} of each of {args.processes} processes", f", each sends {sent}"
-        print(f"    computed: disk {disk}, memory {memory}, {hours:.2g} h of arithmetic {by}, reads {read}{network}")
+        print(f"    computed: disk {disk}, memory {memory}, {took} of arithmetic {by}, reads {read}{network}")
     print(f"\ncomputed for {images} images; " + "; ".join(f"{name}: {value}" for name, value in RULES.items()))
 
 

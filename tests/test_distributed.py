@@ -157,7 +157,7 @@ def test_evaluation(kind: str, evaluations: dict[str, list[str]], one: Path, tmp
     assert results[1][0] in (-signal.SIGKILL, 0)
     results = run_ranks(3, "evaluate", commands["shared"], roots["shared"])
     assert [code for code, _ in results] == [0, 0, 0], results
-    assert f"of {PHOTOS} images" in results[0][1] and results[1][1] == results[2][1] == ""
+    assert f"{PHOTOS} images" in results[0][1] and results[1][1] == results[2][1] == ""
     first, second = (
         {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and p.suffix != ".lock"}
         for root in roots.values()
@@ -170,7 +170,7 @@ def test_an_evaluation_is_taken_up_by_another_number_of_ranks(
 ) -> None:
     root = tmp_path / "root"
     command = [*evaluations["fixations"], "--out", str(root / "out")]
-    assert run("evaluate", command, root, tmp_path / "output", Accident(12, signal.SIGTERM))[0] == 143
+    assert run("evaluate", command, root, tmp_path / "output", Accident(30, signal.SIGTERM))[0] == 143
     results = run_ranks(2, "evaluate", command, root)
     assert [code for code, _ in results] == [0, 0], results
     assert "images were scored before" in results[0][1]
@@ -181,12 +181,14 @@ def test_a_mistake_of_one_rank_ends_all(evaluations: dict[str, list[str]], one: 
     """An image that only the second rank reads is damaged beyond its header."""
     stimuli = tmp_path / "photos"
     shutil.copytree(one.parent / "photos", stimuli)
-    damaged = stimuli / "photo1.png"
-    damaged.write_bytes(damaged.read_bytes()[:200])
+    damaged = stimuli / "photo1.jpg"
+    Image.open(stimuli / "photo1.png").save(damaged)
+    (stimuli / "photo1.png").unlink()
+    damaged.write_bytes(damaged.read_bytes()[:-300])
     command = [str(stimuli) if text == str(one.parent / "photos") else text for text in evaluations["fixations"]]
     results = run_ranks(2, "evaluate", [*command, "--out", str(tmp_path / "root" / "out")], tmp_path / "root")
     assert [code for code, _ in results] == [2, 2], results
-    assert "photo1.png is damaged" in results[1][1] and "damaged" not in results[0][1]
+    assert "photo1.jpg is damaged" in results[1][1] and "damaged" not in results[0][1]
 
 
 def test_interrupted_training(one: Path, tmp_path: Path) -> None:

@@ -45,7 +45,11 @@ def test_dry_run_says_what_processes_send(capsys: pytest.CaptureFixture) -> None
     options = ["--preset", "alexnet", "--dry-run", "--num-images", "1281167"]
     run_all.main(options)
     alone = capsys.readouterr().out
-    assert alone.count("h of arithmetic at 80 GFLOP/s, reads") == 5 and "each sends" not in alone
+    assert (
+        alone.count(" of arithmetic at 80 GFLOP/s, reads") == 5
+        and " 13 h of arithmetic" in alone
+        and "each sends" not in alone
+    )
     run_all.main([*options, "--processes", "8", "--gflops", "10000"])
     shared = capsys.readouterr().out
     assert "1.8 TB" in shared and shared.count("GFLOP/s of each of 8 processes") == 3
