@@ -22,6 +22,8 @@ from pipeline.presets import PRESETS
 STAGES = ("prepare_images", "extract_features", "train_vlm", "reconstruct", "saliency")
 STAGE_NUMBERS = {str(number): name for number, name in enumerate(STAGES, start=1)} | {name: name for name in STAGES}
 
+NOT_SHARED = ("prepare_images", "reconstruct")  # stages of one process
+
 RULES = {  # what no option sets, for --dry-run
     "images": "256×256 by area averaging, centre crop, no augmentation (original code)",
     "mean": "per pixel in training, per channel at test, for the Caffe backbones (original code)",
@@ -98,6 +100,8 @@ def print_plan(args: argparse.Namespace) -> None:
         batch=preset["train_vlm"]["batch_size"].value,
         iterations=args.iterations or preset["train_vlm"]["iterations"].value,
         reconstruction_iterations=args.reconstruction_iterations or preset["reconstruct"]["iterations"].value,
+        itemsize=2 if preset["extract_features"]["dtype"].value == "float16" else 4,
+        processes=args.processes,
     )
     commands = stage_commands(args)
     for stage in STAGES:
@@ -106,9 +110,14 @@ def print_plan(args: argparse.Namespace) -> None:
             print(f"  $ python {stage}.py {shlex.join(argv)}")
         for key, setting in preset[stage].items():
             print(f"    {key:<22} {setting.value!s:<28} {setting.source}")
-        cost = costs[stage]
-        disk, memory = artefacts.format_bytes(cost.disk), artefacts.format_bytes(cost.memory)
-        print(f"    computed: disk {disk}, memory {memory}, {cost.hours:.2f} h at {plan.ASSUMED_GFLOPS:.0f} GFLOP/s")
+        cost, alone = costs[stage], stage in NOT_SHARED
+        disk, memory, read, sent = map(artefacts.format_bytes, (cost.disk, cost.memory, cost.read, cost.network))
+        hours = cost.hours(args.gflops, 1 if alone else args.processes)
+        took = f"{hours:.2g} h" if hours >= 0.1 else f"{3600 * hours:.2g} s"
+        by, network = f"at {args.gflops:g} GFLOP/s", ""
+        if args.processes > 1 and not alone:
+            by, network = f"{by} of each of {args.processes} processes", f", each sends {sent}"
+        print(f"    computed: disk {disk}, memory {memory}, {took} of arithmetic {by}, reads {read}{network}")
     print(f"\ncomputed for {images} images; " + "; ".join(f"{name}: {value}" for name, value in RULES.items()))
 
 
@@ -151,6 +160,12 @@ def get_parser() -> cli.Parser:
         "--from", dest="first", type=stage_name, default="prepare_images", help="first stage, 1-5 or name"
     )
     parser.add_argument("--to", dest="last", type=stage_name, default="saliency", help="last stage, 1-5 or name")
+    parser.add_argument(
+        "--gflops", type=cli.positive_number, default=80.0, help="of each process, for --dry-run (default: 80)"
+    )
+    parser.add_argument(
+        "--processes", type=cli.positive, default=1, help="that torchrun is to start, in all, for --dry-run"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan with every value and its source, do nothing"
     )

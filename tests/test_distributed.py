@@ -19,7 +19,7 @@ from models.checkpoints import load_vlm, read_tensors
 from models.errors import UserError
 from pipeline import artefacts, distributed
 from tests.conftest import make_photo
-from tests.tiny import Accident, run, run_ranks
+from tests.tiny import Accident, run, run_ranks, touched
 
 pytestmark = pytest.mark.skipif(
     "forkserver" not in multiprocessing.get_all_start_methods(), reason="processes cannot be forked here"
@@ -96,6 +96,7 @@ def test_training(one: Path, tmp_path: Path, ranks: int) -> None:
     root = copy(one, tmp_path / "root", "features")
     results = run_ranks(ranks, "train_vlm", training(root, "--held-out", "2"), root)
     assert [code for code, _ in results] == [0] * ranks, results
+    assert touched(0, root) > 0 and [touched(rank, root) for rank in range(1, ranks)] == [0] * (ranks - 1)
     assert_equal_tensors(root / "vlm.safetensors", one / "vlm.safetensors")
     start = train_vlm.build_model(read_tensors(one / "features" / "projection.safetensors")[0], LAYERS, 5)
     trained, _ = load_vlm(root / "vlm.safetensors")
@@ -121,6 +122,73 @@ def test_saliency(one: Path, tmp_path: Path) -> None:
     assert f"{PHOTOS} saliency maps" in results[0][1]
     first, second = ({p.name: p.read_bytes() for p in (root / n).iterdir()} for n in ("alone", "saliency"))
     assert first == second and len(first) == 5 * PHOTOS
+
+
+@pytest.fixture(scope="module")
+def evaluations(one: Path) -> dict[str, list[str]]:
+    """A command of each kind of evaluation in the workspace, that needs --out."""
+    photos = sorted((one.parent / "photos").glob("*.png"))
+    fixations = one / "fixations.csv"
+    rows = [f"{p.name},{person},{7 * person + i},{5 * person + i}" for i, p in enumerate(photos) for person in range(3)]
+    fixations.write_text("\n".join(["image,subject,x,y", *rows]) + "\n")
+    common = ["--seed", "5", "--device", "cpu", "--weights", "random"]
+    for regularizer in ("none", "l2"):
+        options = ["--root", str(one), "--target", "conv2", "--iterations", "1", "--regularizer", regularizer]
+        options += ["--learning-rate", "1"]
+        code, output, _ = run(
+            "reconstruct", [str(one.parent / "photos"), *common, *options], one, one.parent / "output"
+        )
+        assert code == 0, output
+    stimuli = ["--stimuli", str(one.parent / "photos"), "--fixations", str(fixations)]
+    return {
+        "fixations": ["fixations", *common, *stimuli, "--vlm", str(one / "vlm.safetensors"), "--layer", "conv2"],
+        "reconstruction": ["reconstruction", str(one / "reconstructions"), *common],
+    }
+
+
+@pytest.mark.parametrize("kind", ["fixations", "reconstruction"])
+def test_evaluation(kind: str, evaluations: dict[str, list[str]], one: Path, tmp_path: Path) -> None:
+    """Three ranks, seven images, one of the ranks killed first: the same files as by one process."""
+    roots = {name: tmp_path / name for name in ("alone", "shared")}
+    commands = {name: [*evaluations[kind], "--out", str(root / "out")] for name, root in roots.items()}
+    code, output, _ = run("evaluate", commands["alone"], roots["alone"], tmp_path / "output")
+    assert code == 0, output
+    results = run_ranks(3, "evaluate", commands["shared"], roots["shared"], {1: Accident(3, signal.SIGKILL)})
+    assert results[1][0] in (-signal.SIGKILL, 0)
+    results = run_ranks(3, "evaluate", commands["shared"], roots["shared"])
+    assert [code for code, _ in results] == [0, 0, 0], results
+    assert f"{PHOTOS} images" in results[0][1] and results[1][1] == results[2][1] == ""
+    first, second = (
+        {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and p.suffix != ".lock"}
+        for root in roots.values()
+    )
+    assert first == second and "out/summary.json" in first
+
+
+def test_an_evaluation_is_taken_up_by_another_number_of_ranks(
+    evaluations: dict[str, list[str]], tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    command = [*evaluations["fixations"], "--out", str(root / "out")]
+    assert run("evaluate", command, root, tmp_path / "output", Accident(30, signal.SIGTERM))[0] == 143
+    results = run_ranks(2, "evaluate", command, root)
+    assert [code for code, _ in results] == [0, 0], results
+    assert "images were scored before" in results[0][1]
+    assert not list(root.rglob("*.partial*"))
+
+
+def test_a_mistake_of_one_rank_ends_all(evaluations: dict[str, list[str]], one: Path, tmp_path: Path) -> None:
+    """An image that only the second rank reads is damaged beyond its header."""
+    stimuli = tmp_path / "photos"
+    shutil.copytree(one.parent / "photos", stimuli)
+    damaged = stimuli / "photo1.jpg"
+    Image.open(stimuli / "photo1.png").save(damaged)
+    (stimuli / "photo1.png").unlink()
+    damaged.write_bytes(damaged.read_bytes()[:-300])
+    command = [str(stimuli) if text == str(one.parent / "photos") else text for text in evaluations["fixations"]]
+    results = run_ranks(2, "evaluate", [*command, "--out", str(tmp_path / "root" / "out")], tmp_path / "root")
+    assert [code for code, _ in results] == [2, 2], results
+    assert "photo1.jpg is damaged" in results[1][1] and "damaged" not in results[0][1]
 
 
 def test_interrupted_training(one: Path, tmp_path: Path) -> None:

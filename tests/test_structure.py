@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = {"prepare_images", "extract_features", "train_vlm", "reconstruct", "saliency", "evaluate"}
 DRIVERS = {"run_all", "run_pretrained_model"}
-SOURCES = [p for folder in (".", "models", "pipeline") for p in sorted((ROOT / folder).glob("*.py"))]
+SOURCES = [p for folder in (".", "models", "pipeline", "benchmarks") for p in sorted((ROOT / folder).glob("*.py"))]
 
 
 def imported(path: Path) -> set[str]:

@@ -19,17 +19,18 @@ from pathlib import Path
 import matplotlib
 import torch
 
+import evaluate
 import extract_features
 import prepare_images
 import reconstruct
 import saliency
 import train_vlm
-from models import checkpoints, optimizer, vlm  # noqa: F401 (imported before the fork)
+from models import checkpoints, classifier, fixation_metrics, optimizer, vlm  # noqa: F401 (imported before the fork)
 from models import saliency as maps  # noqa: F401
 from models.backbones import ARCHITECTURES, Architecture, Conv, Linear, MaxPool, ReLU
-from pipeline import artefacts, cli, figures
+from pipeline import artefacts, cli, figures, fixation_scores, map_sources, score_tables  # noqa: F401
 
-STAGES = {m.__name__: m for m in (prepare_images, extract_features, train_vlm, reconstruct, saliency)}
+STAGES = {m.__name__: m for m in (prepare_images, extract_features, train_vlm, reconstruct, saliency, evaluate)}
 matplotlib.colormaps.get_cmap(figures.HEAT)  # a first time
 TINY = Architecture(
     "tiny",
@@ -101,8 +102,10 @@ def _prepare(stage: str, argv: list[str]) -> None:
     extract_features.SAVE_EVERY = 0.0
     prepare_images.MARK_EVERY = 2
     cli.code_version = lambda: "tested"  # git costs a process
-    for name in ("loss_curves", "reconstruction_curves", "picture_row"):  # matplotlib costs a second
-        setattr(figures, name, lambda _, path: artefacts.write_bytes(path, b"a figure"))
+    for name in ("loss_curves", "reconstruction_curves", "picture_row", "picture_grid"):  # matplotlib costs a second
+        setattr(figures, name, lambda _, path, *more: artefacts.write_bytes(path, b"a figure"))
+    fixation_scores.RESAMPLES = score_tables.RESAMPLES = 50
+    classifier.find_weights = lambda: None
 
 
 def _run(stage: str, argv: list[str], root: str, output: str, accident: Accident, environment: dict[str, str]) -> None:
@@ -204,6 +207,11 @@ def run_ranks(
         process.join(120)
         assert process.exitcode is not None, "it hangs"
     return [(p.exitcode, (root.parent / f"rank{rank}").read_text()) for rank, p in enumerate(processes)]
+
+
+def touched(rank: int, root: Path) -> int:
+    """How often a rank of the latest `run_ranks` changed a file of `root`."""
+    return int((root.parent / f"rank{rank}.count").read_text())
 
 
 if __name__ == "__main__":

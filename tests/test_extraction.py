@@ -1,0 +1,80 @@
+"""Shortcuts of feature extraction: they give what the plain way gives, and keep memory small."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import extract_features
+from models.backbones import Backbone, centre_crop, random_parameters
+from models.projection import Projection
+from pipeline import artefacts
+from tests.tiny import TINY
+
+
+def make_projection(channels: int, seed: int = 0) -> Projection:
+    generator = torch.Generator().manual_seed(seed)
+    mean, pca_mean = (torch.randn(channels, generator=generator) * 3 for _ in range(2))
+    std = torch.rand(channels, generator=generator) + 0.1
+    return Projection(mean, std, torch.randn((channels + 1) // 2, channels, generator=generator), pca_mean)
+
+
+def test_a_projection_is_one_product() -> None:
+    projection = make_projection(7)
+    x = torch.randn(2, 7, 4, 5, generator=torch.Generator().manual_seed(1)) * 5
+    weight, offset = projection.as_product()
+    expected = projection(x).permute(0, 2, 3, 1)
+    torch.testing.assert_close(x.permute(0, 2, 3, 1) @ weight.T + offset, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mean_image", [False, True])
+def test_features_equal_the_plain_way(mean_image: bool, tmp_path: Path) -> None:
+    """More images than are projected at once; with a mean image the crop cannot come first."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (6, 256, 256, 3), dtype=np.uint8)
+    mean = torch.from_numpy(generator.uniform(90, 130, (3, 256, 256))) if mean_image else None
+    backbone = Backbone(TINY, random_parameters(TINY, 0), mean)
+    x = backbone.preprocess(torch.from_numpy(images).permute(0, 3, 1, 2).float())
+    layers = {layer: make_projection(TINY.channels(layer)) for layer in ("data", "conv1", "conv2")}
+    with torch.no_grad():
+        features = backbone(centre_crop(x, 24, 24), list(layers))
+        expected = {layer: p(features[layer]).permute(0, 2, 3, 1).numpy() for layer, p in layers.items()}
+    views = extract_features.Views()
+    facts = {
+        layer: extract_features.feature_facts(images, backbone, layer, p.size, views, {"dtype": "float32"})
+        for layer, p in layers.items()
+    }
+    backbone.to(memory_format=torch.channels_last)
+    extract_features.write_features(images, backbone, layers, tmp_path, batch_size=5, views=views, facts=facts)
+    for layer, values in expected.items():
+        np.testing.assert_allclose(np.load(tmp_path / f"{layer}.npy"), values, rtol=1e-4, atol=1e-3)
+
+
+def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    writer = artefacts.ArrayWriter(tmp_path / "rows.npy", (4, 2), "float32", {})
+    writer.put(1, np.ones((2, 2)))
+    for first, rows in ((3, np.ones((2, 2))), (-1, np.ones((1, 2))), (0, np.ones((1, 3)))):
+        with pytest.raises(ValueError, match="rows"):
+            writer.put(first, rows)
+    writer.finish()
+    assert np.load(tmp_path / "rows.npy").tolist() == [[0, 0], [1, 1], [1, 1], [0, 0]]
+
+
+def resident_file_bytes() -> int:
+    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("RssFile"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux")
+def test_pages_that_were_read_are_given_back(tmp_path: Path) -> None:
+    size = 20_000_000
+    np.save(tmp_path / "rows.npy", np.ones((1000, size // 4000), np.float32))
+    rows = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    before = resident_file_bytes()
+    assert rows.sum() > 0
+    assert resident_file_bytes() > before + 0.8 * size
+    artefacts.release(rows)
+    assert resident_file_bytes() < before + 0.2 * size
+    assert rows[7, 7] == 1
+    artefacts.release(np.ones(3))
