@@ -47,6 +47,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layer", nargs="+", help="layers, each a model of its own (default: the deepest trained)")
     parser.add_argument(
+        "--add",
+        action="store_true",
+        help="score the sum of the maps of all these layers too, each scaled to 0…1 first; GAINS",
+    )
+    cli.add_scales_option(parser)
+    parser.add_argument(
         "--maps", type=Path, nargs="+", default=[], help="folders of .npy or grey .png, named as the stimuli"
     )
     parser.add_argument("--baseline", choices=BASELINES, nargs="+", default=[], help="further baselines")
@@ -71,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         "fixations": fixations_sha256(fixations),
         "models": list(rows),
         "sources": text_sha256(json.dumps([source.facts for source in sources])),
-        **{key: getattr(args, key) for key in ("power", "blur", "postprocess", "seed")},
+        **{key: getattr(args, key) for key in ("scales", "power", "blur", "postprocess", "seed")},
     }
     if artefacts.is_finished(args.out / "summary.json", facts, args.overwrite):
         print((args.out / "table.md").read_text(encoding="utf-8"))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PRETRAINED = Path(__file__).parent.parent / "models" / "pretrained"
 NOTHING, RANDOM = "predict-nothing", "random-cnn"
 Maps = dict[str, np.ndarray]
+Key = tuple[str, str]  # layer and predictor
 
 
 @dataclass(frozen=True)
@@ -142,29 +143,39 @@ class Pipeline:
     """The project's own maps: CNN, language models of some layers, post-processing.
 
     names gives the row of a layer and a predictor, `vlm` or `predict-nothing`; finish turns an unnaturalness map into
-    the saliency map: (raw, height, width, stride) -> (H, W). Raw maps are kept in `cache`, under names that are hashes
-    of everything that determines them, so that they are never mistaken; `fresh` computes them anew.
+    the saliency map: (raw, height, width, stride) -> (H, W); those of several scales of the image are added. Raw maps
+    are kept in `cache`, under names that are hashes of everything that determines them, so that they are never
+    mistaken; `fresh` computes them anew.
     """
 
     backbone: "Backbone"
     vlm: "VisualLanguageModel"
     names: dict[tuple[str, str], str]
     rows: dict[str, Row]
-    finish: Callable[[np.ndarray, int, int, int], np.ndarray]
+    finish: Callable[[np.ndarray, int, int, float], np.ndarray]
     facts: artefacts.Facts
     cache: Path
     fresh: bool = False
+    scales: tuple[float, ...] = (1.0,)
 
     def maps(self, path: Path, rgb: np.ndarray) -> Maps:
         """Saliency map of every row."""
-        stride = self.backbone.architecture.stride
-        raw = self.raw_maps(path, rgb)
-        return {name: self.finish(raw[key], *rgb.shape[:2], stride(key[0])) for key, name in self.names.items()}
+        from models.saliency import added, scaled
 
-    def raw_maps(self, path: Path, rgb: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
-        """Unnaturalness map (h-1, w-1) float64 by layer and predictor, from the cache where it is there."""
+        found: dict[str, list[np.ndarray]] = {name: [] for name in self.names.values()}
+        for scale in self.scales:
+            for key, raw in self.raw_maps(path, scaled(rgb, scale), scale).items():
+                stride = self.backbone.architecture.stride(key[0]) / scale
+                found[self.names[key]].append(self.finish(raw, *rgb.shape[:2], stride))
+        return {name: maps[0] if len(maps) == 1 else added(maps) for name, maps in found.items()}
+
+    def raw_maps(self, path: Path, rgb: np.ndarray, scale: float = 1.0) -> dict[Key, np.ndarray]:
+        """Unnaturalness map (h-1, w-1) float64 by layer and predictor, from the cache where it is there.
+
+        `rgb` are the pixels of the image file, multiplied in size by `scale`.
+        """
         digest = artefacts.file_sha256(path)
-        files = {key: self._cache_file(key, path, digest) for key in self.names}
+        files = {key: self._cache_file(key, path, digest, scale) for key in self.names}
         found = {} if self.fresh else {key: kept for key, f in files.items() if (kept := _load(f)) is not None}
         missing = [key for key in self.names if key not in found]
         if missing:
@@ -173,15 +184,15 @@ class Pipeline:
                 found[key] = raw
         return found
 
-    def _cache_file(self, key: tuple[str, str], path: Path, image_sha256: str) -> Path:
-        kept = {k: self.facts[k] for k in ("backbone", "weights_sha256", "vlm_sha256")}
+    def _cache_file(self, key: Key, path: Path, image_sha256: str, scale: float) -> Path:
+        determining = ("backbone", "weights_sha256", "mean_image_sha256", "vlm_sha256")
+        kept: artefacts.Facts = {k: self.facts[k] for k in determining if k in self.facts}
+        kept |= {"scale": scale} if scale != 1 else {}
         determined = json.dumps({**kept, "key": key, "image": image_sha256}, sort_keys=True)
         digest = hashlib.sha256(determined.encode()).hexdigest()
         return self.cache / self.names[key] / f"{path.stem}-{digest[:16]}.npy"
 
-    def _compute(
-        self, rgb: np.ndarray, keys: Sequence[tuple[str, str]]
-    ) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
+    def _compute(self, rgb: np.ndarray, keys: Sequence[Key]) -> Iterator[tuple[Key, np.ndarray]]:
         import torch
 
         from models.saliency import projected_features
@@ -194,6 +205,35 @@ class Pipeline:
             with torch.no_grad():
                 raw = layer_map(projected[layer], nothing if predictor == NOTHING else self.vlm.layers[layer])
             yield (layer, predictor), raw[0].cpu().double().numpy()
+
+
+class Added:
+    """Several pipelines and, as further rows, the sums of their maps: of the models, and of each kind of control.
+
+    Each map is scaled to 0…1 before, so that all weigh the same.
+    """
+
+    def __init__(self, parts: Sequence[Pipeline]):
+        self.parts = parts
+        self.rows = {name: row for part in parts for name, row in part.rows.items()}
+        self.facts = {"added": [part.facts for part in parts]}
+        titles = [name for name, row in self.rows.items() if row.kind == "model"]
+        if len(titles) < 2:
+            raise UserError("there is one model only, nothing to add: give further checkpoints or layers")
+        title = "+".join(titles)
+        self.sums = {title: titles}
+        for control in (NOTHING, RANDOM):
+            self.sums[f"{title}/{control}"] = [f"{name}/{control}" for name in titles]
+        first, *controls = self.sums
+        self.rows[first] = Row("model", "the maps of these models, each scaled to 0…1, added", tuple(controls))
+        self.rows |= {name: Row("control", "the same of their controls") for name in controls}
+
+    def maps(self, path: Path, rgb: np.ndarray) -> Maps:
+        """The maps of all parts and the sums."""
+        from models.saliency import added
+
+        found = {name: values for part in self.parts for name, values in part.maps(path, rgb).items()}
+        return found | {name: added(found[part] for part in parts) for name, parts in self.sums.items()}
 
 
 def _load(path: Path) -> np.ndarray | None:
@@ -240,7 +280,7 @@ def pipelines(args: Any, device: Any, cache: Path) -> list[Pipeline]:
     chosen = choose_layers({path: vlm.layers for path, (vlm, _) in loaded.items()}, args.layer)
     process = saliency.postprocess_original if args.postprocess == "original" else saliency.postprocess
 
-    def finish(raw: np.ndarray, height: int, width: int, stride: int) -> np.ndarray:
+    def finish(raw: np.ndarray, height: int, width: int, stride: float) -> np.ndarray:
         return process(raw, height, width, stride, args.power, args.blur)
 
     found: list[Pipeline] = []
@@ -253,14 +293,15 @@ def pipelines(args: Any, device: Any, cache: Path) -> list[Pipeline]:
             taken[title] += 1
             titles[layer] = title if taken[title] == 1 else f"{title}-{taken[title]}"
         facts = {"backbone": name, "vlm_sha256": artefacts.file_sha256(path)}
-        facts |= {key: getattr(args, key) for key in ("power", "blur", "postprocess")}
+        facts |= {key: getattr(args, key) for key in ("scales", "power", "blur", "postprocess")}
         for random in (False, True):
             options = cli.replace(args, weights="random" if random else args.weights)
             backbone, weights = cli.load_backbone(options, name, chosen[path], device)
             about = f"{path}, CNN weights: {weights.source}"
             names, rows = _random_rows(titles, about) if random else _trained_rows(titles, about)
-            described = {**facts, "weights_sha256": weights.sha256, "rows": list(rows)}
-            found.append(Pipeline(backbone, vlm, names, rows, finish, described, cache, args.overwrite))
+            described = {**facts, **cli.weights_facts(backbone, weights), "rows": list(rows)}
+            scales = tuple(dict.fromkeys(args.scales))
+            found.append(Pipeline(backbone, vlm, names, rows, finish, described, cache, args.overwrite, scales))
     return found
 
 
@@ -292,7 +333,8 @@ def build_sources(args: Any, device: Any, images: Sequence[Path], sizes: np.ndar
             raise UserError("there is nothing to evaluate: give checkpoints with --vlm, or folders of maps with --maps")
     by_image = {image: (int(h), int(w)) for image, (h, w) in zip(images, sizes, strict=True)}
     sources: list[Source] = [Folder(folder.resolve().name, folder, by_image) for folder in args.maps]
-    sources += pipelines(args, device, args.out / "maps") if args.vlm else []
+    parts = pipelines(args, device, args.out / "maps") if args.vlm else []
+    sources += [Added(parts)] if args.add else parts
     names = dict.fromkeys((*args.baseline, *ALWAYS))
     sources.append(Baselines({name: Row("baseline", BASELINES[name][0]) for name in names}))
     counts = Counter(name for source in sources for name in source.rows)
