@@ -53,14 +53,6 @@ def unnaturalness_map(
         return layer_map(p, predictors or vlm.layers[layer])[0].cpu().double().numpy()
 
 
-def scaled(rgb: np.ndarray, scale: float) -> np.ndarray:
-    """An image (H, W, 3) uint8 enlarged or shrunk by `scale`, bicubically; itself for 1."""
-    if scale == 1:
-        return rgb
-    height, width = (max(1, round(side * scale)) for side in rgb.shape[:2])
-    return np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))
-
-
 def added(maps: Iterable[np.ndarray]) -> np.ndarray:
     """One saliency map (H, W) float64 in 0…1 from several of one image: each is scaled to 0…1, then their sum is.
 
@@ -70,13 +62,12 @@ def added(maps: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def postprocess(
-    unnaturalness: np.ndarray, height: int, width: int, stride: float, power: float = POWER, blur: float = BLUR
+    unnaturalness: np.ndarray, height: int, width: int, stride: int, power: float = POWER, blur: float = BLUR
 ) -> np.ndarray:
     """Saliency map (height, width) float64 in 0…1 from an unnaturalness map (h, w).
 
-    Power, scaling to 0…1, bilinear enlargement by the layer's stride (divided by the scale of an image that was scaled
-    before), zero padding around the centre, Gaussian blur of `blur` times the image's sides, scaling:
-    `postprocess_original` without its rounding to bytes.
+    Power, scaling to 0…1, bilinear enlargement by the layer's stride, zero padding around the centre, Gaussian blur
+    of `blur` times the image's sides, scaling: `postprocess_original` without its rounding to bytes.
     """
     values = to_unit(powered(unnaturalness, power))
     enlarged = F.interpolate(from_numpy(values)[None, None], scale_factor=stride, mode="bilinear")[0, 0].numpy()
@@ -84,14 +75,14 @@ def postprocess(
 
 
 def postprocess_original(
-    unnaturalness: np.ndarray, height: int, width: int, stride: float, power: float = POWER, blur: float = BLUR
+    unnaturalness: np.ndarray, height: int, width: int, stride: int, power: float = POWER, blur: float = BLUR
 ) -> np.ndarray:
     """The same byte for byte as the original code: (height, width) uint8.
 
     There the map is scaled to bytes before it is enlarged, in 8-bit arithmetic, and the result is truncated to bytes.
     """
     small = to_bytes(powered(unnaturalness, power))
-    size = (round(small.shape[1] * stride), round(small.shape[0] * stride))
+    size = (small.shape[1] * stride, small.shape[0] * stride)
     enlarged = np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BILINEAR))
     blurred = blur_to_image(pad_to(enlarged, height, width).astype(np.float64), blur)
     return (to_unit(blurred) * 255).astype(np.uint8)

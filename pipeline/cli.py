@@ -138,14 +138,6 @@ def fraction(text: str) -> float:
     return value
 
 
-def scale(text: str) -> float:
-    """argparse type: a multiple of an image's size, from 0.1 to 10."""
-    value = float(text)
-    if not 0.1 <= value <= 10:
-        raise argparse.ArgumentTypeError(f"{text[:40]} is not a number from 0.1 to 10")
-    return value
-
-
 def _kind(text: str) -> int:
     """stat's type of what stands at a path, 0 for nothing there."""
     if not text.strip():
@@ -229,17 +221,6 @@ def add_postprocess_options(parser: argparse.ArgumentParser) -> None:
         choices=("float", "original"),
         default="float",
         help="original rounds to 256 levels on the way, as the paper's code did",
-    )
-
-
-def add_scales_option(parser: argparse.ArgumentParser) -> None:
-    """The option that says at which sizes an image is looked at."""
-    parser.add_argument(
-        "--scales",
-        type=scale,
-        nargs="+",
-        default=[1.0],
-        help="multiples of the image's size whose maps are added (default: 1, as the paper); SCALEGAINS",
     )
 
 

@@ -49,9 +49,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--add",
         action="store_true",
-        help="score the sum of the maps of all these layers too, each scaled to 0…1 first; GAINS",
+        help="score the sum of all these layers' maps too, each scaled to 0…1 first: what saliency.py makes of several "
+        "--vlm; vgg16 with alexnet gained .006 AUC, .002 sAUC, .02 NSS on 50 OSIE images over vgg16 alone",
     )
-    cli.add_scales_option(parser)
     parser.add_argument(
         "--maps", type=Path, nargs="+", default=[], help="folders of .npy or grey .png, named as the stimuli"
     )
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         "fixations": fixations_sha256(fixations),
         "models": list(rows),
         "sources": text_sha256(json.dumps([source.facts for source in sources])),
-        **{key: getattr(args, key) for key in ("scales", "power", "blur", "postprocess", "seed")},
+        **{key: getattr(args, key) for key in ("power", "blur", "postprocess", "seed")},
     }
     if artefacts.is_finished(args.out / "summary.json", facts, args.overwrite):
         print((args.out / "table.md").read_text(encoding="utf-8"))

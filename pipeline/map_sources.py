@@ -143,39 +143,29 @@ class Pipeline:
     """The project's own maps: CNN, language models of some layers, post-processing.
 
     names gives the row of a layer and a predictor, `vlm` or `predict-nothing`; finish turns an unnaturalness map into
-    the saliency map: (raw, height, width, stride) -> (H, W); those of several scales of the image are added. Raw maps
-    are kept in `cache`, under names that are hashes of everything that determines them, so that they are never
-    mistaken; `fresh` computes them anew.
+    the saliency map: (raw, height, width, stride) -> (H, W). Raw maps are kept in `cache`, under names that are hashes
+    of everything that determines them, so that they are never mistaken; `fresh` computes them anew.
     """
 
     backbone: "Backbone"
     vlm: "VisualLanguageModel"
     names: dict[tuple[str, str], str]
     rows: dict[str, Row]
-    finish: Callable[[np.ndarray, int, int, float], np.ndarray]
+    finish: Callable[[np.ndarray, int, int, int], np.ndarray]
     facts: artefacts.Facts
     cache: Path
     fresh: bool = False
-    scales: tuple[float, ...] = (1.0,)
 
     def maps(self, path: Path, rgb: np.ndarray) -> Maps:
         """Saliency map of every row."""
-        from models.saliency import added, scaled
+        stride = self.backbone.architecture.stride
+        raw = self.raw_maps(path, rgb)
+        return {name: self.finish(raw[key], *rgb.shape[:2], stride(key[0])) for key, name in self.names.items()}
 
-        found: dict[str, list[np.ndarray]] = {name: [] for name in self.names.values()}
-        for scale in self.scales:
-            for key, raw in self.raw_maps(path, scaled(rgb, scale), scale).items():
-                stride = self.backbone.architecture.stride(key[0]) / scale
-                found[self.names[key]].append(self.finish(raw, *rgb.shape[:2], stride))
-        return {name: maps[0] if len(maps) == 1 else added(maps) for name, maps in found.items()}
-
-    def raw_maps(self, path: Path, rgb: np.ndarray, scale: float = 1.0) -> dict[Key, np.ndarray]:
-        """Unnaturalness map (h-1, w-1) float64 by layer and predictor, from the cache where it is there.
-
-        `rgb` are the pixels of the image file, multiplied in size by `scale`.
-        """
+    def raw_maps(self, path: Path, rgb: np.ndarray) -> dict[Key, np.ndarray]:
+        """Unnaturalness map (h-1, w-1) float64 by layer and predictor, from the cache where it is there."""
         digest = artefacts.file_sha256(path)
-        files = {key: self._cache_file(key, path, digest, scale) for key in self.names}
+        files = {key: self._cache_file(key, path, digest) for key in self.names}
         found = {} if self.fresh else {key: kept for key, f in files.items() if (kept := _load(f)) is not None}
         missing = [key for key in self.names if key not in found]
         if missing:
@@ -184,10 +174,9 @@ class Pipeline:
                 found[key] = raw
         return found
 
-    def _cache_file(self, key: Key, path: Path, image_sha256: str, scale: float) -> Path:
+    def _cache_file(self, key: Key, path: Path, image_sha256: str) -> Path:
         determining = ("backbone", "weights_sha256", "mean_image_sha256", "vlm_sha256")
         kept: artefacts.Facts = {k: self.facts[k] for k in determining if k in self.facts}
-        kept |= {"scale": scale} if scale != 1 else {}
         determined = json.dumps({**kept, "key": key, "image": image_sha256}, sort_keys=True)
         digest = hashlib.sha256(determined.encode()).hexdigest()
         return self.cache / self.names[key] / f"{path.stem}-{digest[:16]}.npy"
@@ -280,7 +269,7 @@ def pipelines(args: Any, device: Any, cache: Path) -> list[Pipeline]:
     chosen = choose_layers({path: vlm.layers for path, (vlm, _) in loaded.items()}, args.layer)
     process = saliency.postprocess_original if args.postprocess == "original" else saliency.postprocess
 
-    def finish(raw: np.ndarray, height: int, width: int, stride: float) -> np.ndarray:
+    def finish(raw: np.ndarray, height: int, width: int, stride: int) -> np.ndarray:
         return process(raw, height, width, stride, args.power, args.blur)
 
     found: list[Pipeline] = []
@@ -293,15 +282,14 @@ def pipelines(args: Any, device: Any, cache: Path) -> list[Pipeline]:
             taken[title] += 1
             titles[layer] = title if taken[title] == 1 else f"{title}-{taken[title]}"
         facts = {"backbone": name, "vlm_sha256": artefacts.file_sha256(path)}
-        facts |= {key: getattr(args, key) for key in ("scales", "power", "blur", "postprocess")}
+        facts |= {key: getattr(args, key) for key in ("power", "blur", "postprocess")}
         for random in (False, True):
             options = cli.replace(args, weights="random" if random else args.weights)
             backbone, weights = cli.load_backbone(options, name, chosen[path], device)
             about = f"{path}, CNN weights: {weights.source}"
             names, rows = _random_rows(titles, about) if random else _trained_rows(titles, about)
             described = {**facts, **cli.weights_facts(backbone, weights), "rows": list(rows)}
-            scales = tuple(dict.fromkeys(args.scales))
-            found.append(Pipeline(backbone, vlm, names, rows, finish, described, cache, args.overwrite, scales))
+            found.append(Pipeline(backbone, vlm, names, rows, finish, described, cache, args.overwrite))
     return found
 
 
