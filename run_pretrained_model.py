@@ -6,6 +6,11 @@ Out: OUT/saliency/: the saliency map (.npy, .png, overlay); OUT/unnaturalness/<b
      and without; OUT/figure.png, all of it.
 
     python run_pretrained_model.py photo.jpg
+
+With --figures: all pictures of the README, assets/figure.png, assets/saliency.png and assets/reconstruction.png, from
+sample photos; what they are made of stays in out/figures/, where another run takes it up again. With --out, both there.
+
+    python run_pretrained_model.py --figures
 """
 
 import sys
@@ -21,6 +26,12 @@ PRETRAINED = Path(__file__).parent / "models" / "pretrained"
 RECONSTRUCTION = PRETRAINED / "alexnet.safetensors"
 SALIENCY = PRETRAINED / "vgg16.safetensors"
 STATISTICS_IMAGES = 128
+ASSETS = Path(__file__).parent / "assets"
+# The README's pictures: sample photos by their names, and widths in pixels that keep the files below a megabyte.
+SALIENCY_PHOTOS, SALIENCY_SIDE = ("astronaut", "chelsea", "coffee", "rocket"), 448
+RECONSTRUCTED_PHOTOS = ("china", "flower", "coffee")
+REGULARIZERS = ("none", "l2", "tv", "vlm", "vlm+tv")
+FIGURE_DPI, SALIENCY_DPI, RECONSTRUCTION_DPI = 60, 75, 75
 
 
 def deepest_target(args, backbone_name: str) -> tuple[str, str, str]:
@@ -93,32 +104,44 @@ def get_parser() -> cli.Parser:
     parser = cli.stage_parser(__doc__, workspace=False)
     cli.add_weights_options(parser)
     parser.add_argument("image", metavar="IMAGE", nargs="?", type=cli.readable_file, help="(default: a sample photo)")
-    parser.add_argument(
-        "--out", type=cli.writable_folder, default=Path("out/pretrained"), help="folder (default: out/pretrained)"
-    )
+    parser.add_argument("--out", type=cli.writable_folder, help="folder (default: out/pretrained)")
+    parser.add_argument("--figures", action="store_true", help="make all pictures of the README instead (10 minutes)")
     parser.add_argument("--iterations", type=cli.positive, default=400, help="of each reconstruction (paper: 1000)")
     parser.add_argument("--max-side", type=cli.positive, default=1024, help="shrink larger images for the maps")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make the maps, the reconstructions and the figure."""
+    """Make the maps, the reconstructions and the figure, or all pictures of the README."""
     started = time.monotonic()
     args = get_parser().parse_args(argv)
     args.backbone = cli.checkpoint_backbone(RECONSTRUCTION)
-    if args.image is None:
-        from pipeline.sources import sample_photos
+    if args.figures:
+        pictures = readme_figures(args)
+    else:
+        args.out = args.out or Path("out/pretrained")
+        pictures = [paper_figure(args)]
+    print(f"\n{', '.join(map(str, pictures))} shows the results; {time.monotonic() - started:.0f} s in all")
 
-        args.image = sample_photos()[0]
-    if not args.image.is_file():
-        raise UserError(f"{args.image} does not exist: give an image file")
+
+def common_options(args) -> list[str]:
+    """Options that all stages get."""
+    options = ["--device", args.device, "--seed", str(args.seed), *(["--overwrite"] if args.overwrite else [])]
+    return options + (["--cache", str(args.cache)] if args.cache else [])
+
+
+def paper_figure(args, dpi: int = 120) -> Path:
+    """Saliency, unnaturalness of every layer and two reconstructions of one image, and OUT/figure.png of all."""
     import reconstruct
     import saliency
     from pipeline.images import read_rgb
 
-    read_rgb(args.image)
-    common = ["--device", args.device, "--seed", str(args.seed), *(["--overwrite"] if args.overwrite else [])]
-    common += ["--cache", str(args.cache)] if args.cache else []
+    if args.image is None:
+        from pipeline.sources import sample_photos
+
+        args.image = sample_photos()[0]
+    image = read_rgb(args.image)
+    common = common_options(args)
     target, weights, why = deepest_target(args, args.backbone)
     print(f"\n1. saliency map of {args.image.name}", flush=True)
     side = ["--max-side", str(args.max_side)]
@@ -132,25 +155,107 @@ def main(argv: list[str] | None = None) -> None:
         maps |= unnaturalness_maps(args, args.image, checkpoint, args.out / "unnaturalness")
     print(f"\n3. reconstruction from {target} of {args.backbone}: {why}", flush=True)
     statistics = fc8_statistics(args, weights, args.backbone, target, args.out / "statistics")
-    pictures = {"image": read_rgb(args.image)}
+    pictures = {"image": image}
     for regularizer, title in (("vlm", "with language model"), ("none", "without")):
         folder = args.out / "reconstructions" / regularizer
         options = ["--weights", weights, "--vlm", str(RECONSTRUCTION), "--target", target, *statistics]
         options += ["--regularizer", regularizer, "--iterations", str(args.iterations), "--out", str(folder)]
         reconstruct.main([str(args.image), *common, *options])
         pictures[f"{target}, {title}"] = read_rgb(folder / "reconstruction.png")
-    write_figure(args, pictures, maps)
-    print(f"\n{args.out / 'figure.png'} shows the results; {time.monotonic() - started:.0f} s in all")
+    return write_figure(args, pictures, maps, dpi)
 
 
-def write_figure(args, pictures: dict[str, np.ndarray], maps: dict[str, np.ndarray]) -> None:
+def write_figure(args, pictures: dict[str, np.ndarray], maps: dict[str, np.ndarray], dpi: int) -> Path:
     """figure.png: photo, reconstructions and saliency above the unnaturalness maps of all layers."""
     from pipeline.figures import picture_grid
     from pipeline.images import output_name, read_rgb
 
     overlay = read_rgb(args.out / "saliency" / f"{output_name(args.image.stem)}-overlay.png")
     top = {**pictures, "saliency": overlay}
-    picture_grid([top, {f"unnaturalness\n{name}": values for name, values in maps.items()}], args.out / "figure.png")
+    below = {f"unnaturalness\n{name}": values for name, values in maps.items()}
+    picture_grid([top, below], args.out / "figure.png", dpi=dpi)
+    return args.out / "figure.png"
+
+
+def readme_figures(args) -> list[Path]:
+    """All pictures of the README, in the folder of --out or assets/; returns their paths.
+
+    Raises:
+        UserError: an image was given, or a sample photo is missing.
+    """
+    from pipeline.sources import sample_photos
+
+    if args.image is not None:
+        raise UserError("--figures shows sample photos: leave the image out")
+    photos = {path.stem: path for path in sample_photos()}
+    if missing := {*SALIENCY_PHOTOS, *RECONSTRUCTED_PHOTOS} - photos.keys():
+        raise UserError(f"the installed packages lack {', '.join(sorted(missing))}: pip install -r requirements.txt")
+    folder, work = args.out or ASSETS, args.out or Path("out/figures")
+    paths = [folder / f"{name}.png" for name in ("figure", "saliency", "reconstruction")]
+    print(f"{', '.join(map(str, paths))}, from the checkpoints in {PRETRAINED}", flush=True)
+    saliency_picture(args, [photos[name] for name in SALIENCY_PHOTOS], paths[1])
+    made = paper_figure(cli.replace(args, out=work), FIGURE_DPI)
+    if made != paths[0]:
+        artefacts.write_bytes(paths[0], made.read_bytes())
+    reconstruction_picture(args, [photos[name] for name in RECONSTRUCTED_PHOTOS], work, paths[2])
+    return paths
+
+
+def saliency_picture(args, photos: list[Path], path: Path) -> None:
+    """Photos, their unnaturalness and saliency maps, and the same of a language model that predicts nothing."""
+    from models.checkpoints import load_vlm
+    from models.saliency import postprocess, unnaturalness_map
+    from models.vlm import DIRECTIONS, predict_nothing
+    from pipeline.figures import overlay, picture_grid
+    from pipeline.images import limit_side, read_rgb
+
+    vlm, configuration = load_vlm(SALIENCY)
+    name, layer = configuration["backbone"], list(vlm.layers)[-1]
+    device = cli.pick_device(args.device)
+    weights = args.weights if name == args.backbone else "auto"
+    backbone, _ = cli.load_backbone(cli.replace(args, weights=weights), name, [layer], device)
+    vlm = vlm.freeze().to(device)
+    columns = {"language model": None, "predict nothing": dict.fromkeys(DIRECTIONS, predict_nothing)}
+    rows = []
+    with cli.Progress(len(photos), "saliency", "photos") as progress:
+        for photo in photos:
+            rgb = limit_side(read_rgb(photo), SALIENCY_SIDE)
+            row = {f"{name} {layer}": rgb}
+            for title, predictors in columns.items():
+                raw = unnaturalness_map(backbone, vlm, rgb, layer, predictors)
+                row[f"unnaturalness,\n{title}"] = np.sqrt(raw / raw.max())
+                row[f"saliency,\n{title}"] = overlay(
+                    rgb, postprocess(raw, *rgb.shape[:2], backbone.architecture.stride(layer))
+                )
+            rows.append(row if not rows else dict(zip(_blanks(row), row.values(), strict=True)))
+            progress.update()
+    picture_grid(rows, path, column=2.4, dpi=SALIENCY_DPI)
+
+
+def _blanks(row: dict[str, np.ndarray]) -> list[str]:
+    """Different titles that show nothing, for rows under one that has the titles of all."""
+    return [" " * (place + 1) for place in range(len(row))]
+
+
+def reconstruction_picture(args, photos: list[Path], work: Path, path: Path) -> None:
+    """Photos and their reconstructions from pool5 by every regulariser."""
+    import reconstruct
+    from pipeline.figures import picture_grid
+    from pipeline.images import read_rgb
+
+    folders = {regularizer: work / "photos" / regularizer for regularizer in REGULARIZERS}
+    for number, (regularizer, folder) in enumerate(folders.items(), start=1):
+        print(f"\nreconstructions {number} of {len(folders)}: {regularizer}", flush=True)
+        options = ["--vlm", str(RECONSTRUCTION), "--target", "pool5", "--regularizer", regularizer]
+        options += ["--weights", args.weights, "--iterations", str(args.iterations), "--out", str(folder)]
+        reconstruct.main([*map(str, photos), *common_options(args), *options])
+    rows = []
+    for photo in photos:
+        of_photo = {name: folder / photo.stem for name, folder in folders.items()}
+        row = {"original": read_rgb(of_photo[REGULARIZERS[0]] / "image.png")}
+        row |= {name: read_rgb(folder / "reconstruction.png") for name, folder in of_photo.items()}
+        rows.append(row if not rows else dict(zip(_blanks(row), row.values(), strict=True)))
+    picture_grid(rows, path, column=1.9, dpi=RECONSTRUCTION_DPI)
 
 
 if __name__ == "__main__":

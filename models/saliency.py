@@ -1,6 +1,6 @@
 """From an image to the unnaturalness map of a layer, and from that to a saliency map of the image's size."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, from_numpy
 
 from models.backbones import Backbone
 from models.errors import UserError
-from models.vlm import VisualLanguageModel
+from models.vlm import Predictor, VisualLanguageModel, layer_map
 
 POWER = 0.5  # original code
 BLUR = 0.03  # original code, of the image's height and width
@@ -34,15 +34,31 @@ def projected_features(
         return {layer: vlm.projections[layer](features[layer]) for layer in layers}
 
 
-def unnaturalness_map(backbone: Backbone, vlm: VisualLanguageModel, rgb: np.ndarray, layer: str) -> np.ndarray:
+def unnaturalness_map(
+    backbone: Backbone,
+    vlm: VisualLanguageModel,
+    rgb: np.ndarray,
+    layer: str,
+    predictors: Mapping[str, Predictor] | None = None,
+) -> np.ndarray:
     """Map (h-1, w-1) float64 of one layer for an image (H, W, 3) uint8 at its own size.
+
+    `predictors` by direction stand in for the language model, as a control.
 
     Raises:
         UserError: the image is too small for the layer.
     """
     p = projected_features(backbone, vlm, rgb, [layer])[layer]
     with torch.no_grad():
-        return vlm.layers[layer].unnaturalness_map(p)[0].cpu().double().numpy()
+        return layer_map(p, predictors or vlm.layers[layer])[0].cpu().double().numpy()
+
+
+def added(maps: Iterable[np.ndarray]) -> np.ndarray:
+    """One saliency map (H, W) float64 in 0…1 from several of one image: each is scaled to 0…1, then their sum is.
+
+    differs from the paper, which uses one layer of one network.
+    """
+    return to_unit(np.sum([to_unit(np.asarray(values, dtype=np.float64)) for values in maps], axis=0))
 
 
 def postprocess(

@@ -9,6 +9,9 @@ import numpy as np
 from pipeline.artefacts import write_bytes
 
 HEAT = "inferno"
+TITLE_SIZE = 10  # points
+LINE = 1.5 * TITLE_SIZE / 72  # inches of a title's line
+TITLE_GAP, GAP = 0.15, 0.15  # inches above a title, and between rows
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -78,15 +81,21 @@ def picture_row(pictures: dict[str, np.ndarray], path: Path) -> None:
 
 
 def picture_grid(
-    rows: list[dict[str, np.ndarray]], path: Path, points: list[tuple[np.ndarray, np.ndarray]] | None = None
+    rows: list[dict[str, np.ndarray]],
+    path: Path,
+    points: list[tuple[np.ndarray, np.ndarray]] | None = None,
+    *,
+    column: float = 3.2,
+    dpi: int = 120,
 ) -> None:
     """Rows of pictures under their titles, every row as wide as the widest; see `picture_row`.
 
-    `points` are x and y (K,) by row, in pixels from the top left edge, drawn on the heat maps.
+    A row is as high as its highest picture. `points` are x and y (K,) by row, in pixels from the top left edge, drawn
+    on the heat maps. `column` is the width in inches of a picture in the widest row.
     """
     widest = max(len(row) for row in rows)
-    heights = [3.2 * widest / len(row) + 0.4 for row in rows]
-    figure = new_figure(3.2 * widest, sum(heights))
+    heights = [_row_height(row, column * widest / len(row)) for row in rows]
+    figure = new_figure(column * widest, sum(heights))
     parts = np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=heights))
     for number, (part, row) in enumerate(zip(parts, rows, strict=True)):
         axes = part.subplots(1, len(row), squeeze=False)[0]
@@ -94,10 +103,18 @@ def picture_grid(
             ax.imshow(picture, **({"cmap": HEAT} if picture.ndim == 2 else {}))
             if points is not None and picture.ndim == 2:
                 x, y = points[number]
-                ax.scatter(x - 0.5, y - 0.5, s=4, color="cyan", linewidths=0)  # a pixel's centre has whole coordinates
-            ax.set_title(title, fontsize=10)
+                # a pixel's centre has whole coordinates; the dark rim shows where the map is bright
+                ax.scatter(x - 0.5, y - 0.5, s=7, color="cyan", linewidths=0.4, edgecolors="black")
+            ax.set_title(title, fontsize=TITLE_SIZE)
             ax.set_axis_off()
-    save_figure(figure, path)
+    save_figure(figure, path, dpi)
+
+
+def _row_height(row: dict[str, np.ndarray], width: float) -> float:
+    """Inches that pictures of this width need, with their titles."""
+    lines = max(title.count("\n") + 1 if title.strip() else 0 for title in row)
+    titles = LINE * lines + TITLE_GAP if lines else 0
+    return width * max(picture.shape[0] / picture.shape[1] for picture in row.values()) + titles + GAP
 
 
 def overlay(rgb: np.ndarray, saliency: np.ndarray, strength: float = 0.6) -> np.ndarray:

@@ -117,9 +117,7 @@ def obtain(name: str, cache: Path | None = None, **options: Any) -> tuple[list[P
             progress.update()
     for archive in archives:
         _unpack(archive, folder, dataset.unpack)
-    images = sorted(
-        folder.glob(dataset.images), key=lambda path: (len(path.stem) if path.stem.isdecimal() else 0, path)
-    )
+    images = sorted(folder.glob(dataset.images), key=_place_in_order)
     if len(images) != dataset.count:
         raise UserError(
             f"{folder} has {len(images)} images of {name} instead of {dataset.count}: remove that folder and run again"

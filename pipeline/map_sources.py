@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PRETRAINED = Path(__file__).parent.parent / "models" / "pretrained"
 NOTHING, RANDOM = "predict-nothing", "random-cnn"
 Maps = dict[str, np.ndarray]
+Key = tuple[str, str]  # layer and predictor
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class Pipeline:
         raw = self.raw_maps(path, rgb)
         return {name: self.finish(raw[key], *rgb.shape[:2], stride(key[0])) for key, name in self.names.items()}
 
-    def raw_maps(self, path: Path, rgb: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
+    def raw_maps(self, path: Path, rgb: np.ndarray) -> dict[Key, np.ndarray]:
         """Unnaturalness map (h-1, w-1) float64 by layer and predictor, from the cache where it is there."""
         digest = artefacts.file_sha256(path)
         files = {key: self._cache_file(key, path, digest) for key in self.names}
@@ -175,15 +176,14 @@ class Pipeline:
                 found[key] = raw
         return found
 
-    def _cache_file(self, key: tuple[str, str], path: Path, image_sha256: str) -> Path:
-        kept = {k: self.facts[k] for k in ("backbone", "weights_sha256", "vlm_sha256")}
+    def _cache_file(self, key: Key, path: Path, image_sha256: str) -> Path:
+        determining = ("backbone", "weights_sha256", "mean_image_sha256", "vlm_sha256")
+        kept: artefacts.Facts = {k: self.facts[k] for k in determining if k in self.facts}
         determined = json.dumps({**kept, "key": key, "image": image_sha256}, sort_keys=True)
         digest = hashlib.sha256(determined.encode()).hexdigest()
         return self.cache / self.names[key] / f"{output_name(path.stem)}-{digest[:16]}.npy"
 
-    def _compute(
-        self, rgb: np.ndarray, keys: Sequence[tuple[str, str]]
-    ) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
+    def _compute(self, rgb: np.ndarray, keys: Sequence[Key]) -> Iterator[tuple[Key, np.ndarray]]:
         import torch
 
         from models.saliency import projected_features
@@ -196,6 +196,35 @@ class Pipeline:
             with torch.no_grad():
                 raw = layer_map(projected[layer], nothing if predictor == NOTHING else self.vlm.layers[layer])
             yield (layer, predictor), raw[0].cpu().double().numpy()
+
+
+class Added:
+    """Several pipelines and, as further rows, the sums of their maps: of the models, and of each kind of control.
+
+    Each map is scaled to 0…1 before, so that all weigh the same.
+    """
+
+    def __init__(self, parts: Sequence[Pipeline]):
+        self.parts = parts
+        self.rows = {name: row for part in parts for name, row in part.rows.items()}
+        self.facts = {"added": [part.facts for part in parts]}
+        titles = [name for name, row in self.rows.items() if row.kind == "model"]
+        if len(titles) < 2:
+            raise UserError("there is one model only, nothing to add: give further checkpoints or layers")
+        title = "+".join(titles)
+        self.sums = {title: titles}
+        for control in (NOTHING, RANDOM):
+            self.sums[f"{title}/{control}"] = [f"{name}/{control}" for name in titles]
+        first, *controls = self.sums
+        self.rows[first] = Row("model", "the maps of these models, each scaled to 0…1, added", tuple(controls))
+        self.rows |= {name: Row("control", "the same of their controls") for name in controls}
+
+    def maps(self, path: Path, rgb: np.ndarray) -> Maps:
+        """The maps of all parts and the sums."""
+        from models.saliency import added
+
+        found = {name: values for part in self.parts for name, values in part.maps(path, rgb).items()}
+        return found | {name: added(found[part] for part in parts) for name, parts in self.sums.items()}
 
 
 def _load(path: Path) -> np.ndarray | None:
@@ -261,7 +290,7 @@ def pipelines(args: Any, device: Any, cache: Path) -> list[Pipeline]:
             backbone, weights = cli.load_backbone(options, name, chosen[path], device)
             about = f"{path}, CNN weights: {weights.source}"
             names, rows = _random_rows(titles, about) if random else _trained_rows(titles, about)
-            described = {**facts, "weights_sha256": weights.sha256, "rows": list(rows)}
+            described = {**facts, **cli.weights_facts(backbone, weights), "rows": list(rows)}
             found.append(Pipeline(backbone, vlm, names, rows, finish, described, cache, args.overwrite))
     return found
 
@@ -294,7 +323,8 @@ def build_sources(args: Any, device: Any, images: Sequence[Path], sizes: np.ndar
             raise UserError("there is nothing to evaluate: give checkpoints with --vlm, or folders of maps with --maps")
     by_image = {image: (int(h), int(w)) for image, (h, w) in zip(images, sizes, strict=True)}
     sources: list[Source] = [Folder(folder.resolve().name, folder, by_image) for folder in args.maps]
-    sources += pipelines(args, device, args.out / "maps") if args.vlm else []
+    parts = pipelines(args, device, args.out / "maps") if args.vlm else []
+    sources += [Added(parts)] if args.add else parts
     names = dict.fromkeys((*args.baseline, *ALWAYS))
     sources.append(Baselines({name: Row("baseline", BASELINES[name][0]) for name in names}))
     counts = Counter(name for source in sources for name in source.rows)

@@ -13,8 +13,6 @@ sees in the original, and probability, what it gives to that class. Controls: th
 """
 
 import argparse
-import csv
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -321,7 +319,8 @@ def write_results(
         "versions": cli.versions(),
     }
     table = markdown(summary, metrics)
-    artefacts.write_text(args.out / "scores.csv", scores_csv(scores, metrics))
+    columns = {"image": [image.rpartition(" ")[0] for image in scores]}
+    artefacts.write_text(args.out / "scores.csv", score_tables.scores_csv(scores, metrics, columns))
     artefacts.write_text(args.out / "table.md", table)
     if args.grid:
         draw_grid(args.out / "pictures.png", models, list(scores)[: args.grid])
@@ -329,18 +328,6 @@ def write_results(
     artefacts.write_json(artefacts.sidecar_path(args.out / "summary.json"), facts)
     print(table)
     print(f"{args.out}: scores.csv, summary.json, table.md and pictures.png of {len(scores)} images")
-
-
-def scores_csv(scores: dict[str, dict[str, dict[str, float]]], metrics: tuple[str, ...]) -> str:
-    """A line per image and model; an empty field where there is no score."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "model", *metrics])
-    for image, of_image in scores.items():
-        for model, values in of_image.items():
-            numbers = ("" if np.isnan(values[metric]) else f"{values[metric]:.6f}" for metric in metrics)
-            writer.writerow([image.split()[0], model, *numbers])
-    return text.getvalue()
 
 
 def markdown(summary: dict[str, Any], metrics: tuple[str, ...]) -> str:

@@ -1,5 +1,7 @@
 """Scores of several models on the same images: means with intervals, paired differences, tables."""
 
+import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -45,6 +47,18 @@ def difference(scores: Scores, first: str, second: str, metrics: Sequence[str], 
 
 def _numbers(interval: Sequence[float]) -> list[float] | None:
     return None if any(math.isnan(end) for end in interval) else list(interval)
+
+
+def scores_csv(scores: Scores, metrics: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> str:
+    """A line per image and model: `columns` (name -> a value per image), model, the metrics; empty without a score."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*columns, "model", *metrics])
+    for of_image, *facts in zip(scores.values(), *columns.values(), strict=True):
+        for model, values in of_image.items():
+            numbers = ("" if math.isnan(values[metric]) else f"{values[metric]:.6f}" for metric in metrics)
+            writer.writerow([*facts, model, *numbers])
+    return text.getvalue()
 
 
 def cells(values: Mapping[str, Any], metrics: Sequence[str], signed: bool = False) -> list[str]:

@@ -16,7 +16,8 @@ from models import fixation_metrics
 from models.backbones import ARCHITECTURES, random_parameters
 from models.checkpoints import load_vlm
 from models.errors import UserError
-from models.saliency import postprocess, projected_features
+from models.saliency import postprocess, projected_features, unnaturalness_map
+from models.vlm import DIRECTIONS, predict_nothing
 from models.weights import load_backbone
 from pipeline import fixation_scores, map_sources
 from pipeline.fixation_datasets import DATASETS
@@ -166,6 +167,13 @@ def test_model_is_what_saliency_py_makes(
         assert found["centre-gaussian"][image] == read_scores(finished)["centre-gaussian"][image]
 
 
+def looks(data: Path, image: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of the fixations on an image among the first ones."""
+    files = sorted((data / "stimuli").iterdir())[:limit]
+    number = [file.name for file in files].index(image)
+    return read_fixations(data / "fixations.csv", image_sizes(files)).of_image(number)[:2]
+
+
 def ramp_energy(p: np.ndarray) -> np.ndarray:
     """Squared features (D, H, W) under the ramp of all four directions, cell by cell, as the paper's code cuts them."""
     energy = (p**2).mean(axis=0)
@@ -195,6 +203,44 @@ def test_controls_are_what_they_say(finished: Path, data: Path, workspace: Path,
             raw = vlm.layers["conv5"].unnaturalness_map(p)[0].double().numpy()
         expected = expected_scores(data, image, postprocess(raw, *rgb.shape[:2], 16))
         assert scores["alexnet-conv5/random-cnn"][image] == pytest.approx(expected, abs=1e-5)
+
+
+def test_maps_of_several_layers_are_added(
+    data: Path, workspace: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fixation_scores, "draw_examples", lambda *a: None)
+    vlm = ["--vlm", str(workspace / "vlm.safetensors"), "--layer", "conv4", "conv5", "--weights", str(weights)]
+    evaluate.main(options(data, tmp_path / "out", *vlm, "--add", "--limit", 2))
+    saliency.main([str(data / "stimuli" / "b.png"), *vlm, "--out", str(tmp_path / "maps")])
+    scores = read_scores(tmp_path / "out")
+    title = "alexnet-conv4+alexnet-conv5"
+    rgb = np.asarray(Image.open(data / "stimuli" / "b.png"))
+    loaded, _ = load_vlm(workspace / "vlm.safetensors")
+    nothing = dict.fromkeys(DIRECTIONS, predict_nothing)
+    trained, random = load_backbone("alexnet", weights)[0], load_backbone("alexnet", "random", seed=0)[0]
+    for name, cnn, predictors in (
+        ("", trained, None),
+        ("/predict-nothing", trained, nothing),
+        ("/random-cnn", random, None),
+    ):
+        raws = [unnaturalness_map(cnn, loaded, rgb, layer, predictors) for layer in ("conv4", "conv5")]
+        total = sum(postprocess(raw, *rgb.shape[:2], 16) for raw in raws)  # each from 0 to 1
+        found = fixation_metrics.nss(total, *looks(data, "b.png", limit=2))
+        assert scores[title + name]["b.png"]["nss"] == pytest.approx(found, abs=1e-5)
+        if not name:
+            written = np.load(tmp_path / "maps" / "b.npy")
+            assert written.min() == 0 and written.max() == 1
+            np.testing.assert_allclose(written, (total - total.min()) / np.ptp(total), atol=1e-6)
+    names = {p.name for p in (tmp_path / "maps").glob("*.npy")}
+    assert names == {"b.npy", "b-unnaturalness-alexnet-conv4.npy", "b-unnaturalness-alexnet-conv5.npy"}
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["models"][title]["kind"] == "model"
+    assert {d["second"] for d in summary["differences"] if d["first"] == title} >= {
+        f"{title}/predict-nothing",
+        f"{title}/random-cnn",
+    }
+    with pytest.raises(UserError, match="one model only, nothing to add"):
+        evaluate.main(options(data, tmp_path / "one", *vlm[:3], "conv5", "--weights", weights, "--add"))
 
 
 def test_finished_evaluation_is_shown_again(
