@@ -66,6 +66,7 @@ def update_by(
     optimizer = optimizer_of(models)
 
     def update() -> dict[str, float]:
+        """Returns the losses before it, by layer."""
         optimizer.zero_grad()
         losses = {}
         for name, p in projected.items():

@@ -372,7 +372,8 @@ class ArrayWriter:
         else:
             distributed.first(lambda: self._create(shape, dtype))
         self.array = map_array(self.partial)
-        self.file = self.partial.open("rb+")
+        with self._room():
+            self.file = self.partial.open("rb+")
 
     def _resumable(self) -> Facts | None:
         """What an earlier run noted of its progress, where its partial file can be continued."""
@@ -402,17 +403,25 @@ class ArrayWriter:
         """Write rows (n, …) from row `first` on, in the file's dtype."""
         if rows.shape[1:] != self.array.shape[1:] or not 0 <= first <= first + len(rows) <= len(self.array):
             raise ValueError(f"rows {first} to {first + len(rows)} of {rows.shape[1:]} in {self.array.shape}")
-        self.file.seek(self.array.offset + first * self.array[:1].nbytes)
-        try:
+        with self._room():
+            self.file.seek(self.array.offset + first * self.array[:1].nbytes)
             self.file.write(np.ascontiguousarray(rows, self.array.dtype).data)
-        except OSError as error:  # only where `reserve` cannot reserve
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """Say so where the disk is full after all: not every one can be reserved."""
+        try:
+            yield
+        except OSError as error:
             if error.errno not in FULL:
                 raise
-            raise NoRoomError(_no_room(self.path, self.partial, rows.nbytes, error)) from None
+            size = int(np.prod(self.facts["shape"])) * np.dtype(self.facts["dtype"]).itemsize
+            raise NoRoomError(_no_room(self.path, self.partial, size, error)) from None
 
     def _flush(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with self._room():
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def mark(self, done: int, **state: Any) -> None:
         """Record on disk that this process's rows before `done` are final, with any other JSON state."""
@@ -433,7 +442,8 @@ class ArrayWriter:
         distributed.first(lambda: self._complete(more))
 
     def _complete(self, more: Facts) -> None:
-        commit(self.partial, self.path)
+        with self._room():
+            commit(self.partial, self.path)
         write_json(sidecar_path(self.path), {**self.facts, **more})
         discard(self.progress)
 
