@@ -29,7 +29,7 @@ STATISTICS_IMAGES = 128
 ASSETS = Path(__file__).parent / "assets"
 # The README's pictures: sample photos by their names, and widths in pixels that keep the files below a megabyte.
 SALIENCY_PHOTOS, SALIENCY_SIDE = ("astronaut", "chelsea", "coffee", "rocket"), 448
-RECONSTRUCTED_PHOTOS = ("china", "flower", "coffee")
+RECONSTRUCTED_PHOTOS, RECONSTRUCTED_ITERATIONS = ("china", "flower", "coffee"), 200
 REGULARIZERS = ("none", "l2", "tv", "vlm", "vlm+tv")
 FIGURE_DPI, SALIENCY_DPI, RECONSTRUCTION_DPI = 60, 75, 75
 
@@ -247,7 +247,8 @@ def reconstruction_picture(args, photos: list[Path], work: Path, path: Path) -> 
     for number, (regularizer, folder) in enumerate(folders.items(), start=1):
         print(f"\nreconstructions {number} of {len(folders)}: {regularizer}", flush=True)
         options = ["--vlm", str(RECONSTRUCTION), "--target", "pool5", "--regularizer", regularizer]
-        options += ["--weights", args.weights, "--iterations", str(args.iterations), "--out", str(folder)]
+        options += ["--weights", args.weights, "--iterations", str(min(args.iterations, RECONSTRUCTED_ITERATIONS))]
+        options += ["--out", str(folder)]
         reconstruct.main([*map(str, photos), *common_options(args), *options])
     rows = []
     for photo in photos:
