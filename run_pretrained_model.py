@@ -31,7 +31,7 @@ ASSETS = Path(__file__).parent / "assets"
 SALIENCY_PHOTOS, SALIENCY_SIDE = ("astronaut", "chelsea", "coffee", "rocket"), 448
 RECONSTRUCTED_PHOTOS, RECONSTRUCTED_ITERATIONS = ("china", "flower", "coffee"), 200
 REGULARIZERS = ("none", "l2", "tv", "vlm", "vlm+tv")
-FIGURE_DPI, SALIENCY_DPI, RECONSTRUCTION_DPI = 60, 75, 75
+FIGURE_DPI, SALIENCY_DPI, RECONSTRUCTION_DPI = 50, 75, 75
 
 
 def deepest_target(args, backbone_name: str) -> tuple[str, str, str]:

@@ -105,7 +105,8 @@ def picture_grid(
                 x, y = points[number]
                 # a pixel's centre has whole coordinates; the dark rim shows where the map is bright
                 ax.scatter(x - 0.5, y - 0.5, s=7, color="cyan", linewidths=0.4, edgecolors="black")
-            ax.set_title(title, fontsize=TITLE_SIZE)
+            if title.strip():  # a blank one would take its place all the same
+                ax.set_title(title, fontsize=TITLE_SIZE)
             ax.set_axis_off()
     save_figure(figure, path, dpi)
 
