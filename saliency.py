@@ -139,8 +139,8 @@ def main(argv: list[str] | None = None) -> int:
         return compute(args, out, device)
 
 
-def load_views(args, device: "torch.device") -> tuple[list[View], list[artefacts.Facts]]:
-    """All maps that are to be added, and the facts that determine each."""
+def load_views(args, device: "torch.device") -> tuple[list[View], artefacts.Facts]:
+    """All maps that are to be added, and the facts that determine them, each under the map's name."""
     from models.checkpoints import load_vlm
     from pipeline.map_sources import choose_layers
 
@@ -148,7 +148,7 @@ def load_views(args, device: "torch.device") -> tuple[list[View], list[artefacts
     loaded = {path: load_vlm(path) for path in dict.fromkeys(checkpoints)}
     chosen = choose_layers({path: vlm.layers for path, (vlm, _) in loaded.items()}, args.layer)
     cli.announce(args, device)
-    views, facts = [], []
+    views, facts = [], {}
     for path, (vlm, configuration) in loaded.items():
         name, layers = configuration["backbone"], list(dict.fromkeys(chosen[path]))
         backbone, weights = cli.load_backbone(args, name, layers, device)
@@ -160,7 +160,7 @@ def load_views(args, device: "torch.device") -> tuple[list[View], list[artefacts
         }
         for layer in layers:
             views.append(View(backbone, vlm, layer))
-            facts.append({**of_checkpoint, "layer": layer})
+            facts |= {f"{views[-1].name} {key}": value for key, value in of_checkpoint.items()}
     names = [view.name for view in views]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two checkpoints give a map of {twice[0]}: leave one out, or choose another --layer")
@@ -175,7 +175,8 @@ def compute(args, out: Path, device: "torch.device") -> int:
     views, facts_of_views = load_views(args, device)
     facts = {
         "stage": "saliency",
-        "maps": facts_of_views,
+        "maps": [view.name for view in views],
+        **facts_of_views,
         **{key: getattr(args, key) for key in ("max_side", "power", "blur", "postprocess")},
     }
     mine, failed = distributed.share(list(files.items())), 0

@@ -28,6 +28,7 @@ LINE_INTERVAL = 20.0  # seconds between progress lines where there is no termina
 DEVICES = ("auto", "cpu", "cuda", "mps")
 LARGEST_COUNT = 10**9  # of images, updates, …: beyond, sizes would overflow before memory does
 LARGEST_NUMBER = 3.4e38  # float32's
+LONGEST_PART = 255  # bytes of a file's or folder's name, on the usual file systems
 # What goes wrong with a path that the user chose or can mend; other numbers are bugs.
 USERS_ERRORS = {
     getattr(errno, name)
@@ -142,6 +143,8 @@ def _kind(text: str) -> int:
     """stat's type of what stands at a path, 0 for nothing there."""
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty path leads nowhere")
+    if any(len(os.fsencode(part)) > LONGEST_PART for part in Path(text).parts):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}… has a name of more than {LONGEST_PART} bytes")
     try:
         return stat.S_IFMT(Path(text).stat().st_mode)
     except FileNotFoundError:

@@ -356,7 +356,6 @@ def test_mistakes(data: Path, workspace: Path, tmp_path: Path, capsys: pytest.Ca
         (["fixations", "--stimuli", str(tmp_path / "no"), "--fixations", "f.csv"], "is not a folder"),
         (options(data, tmp_path, "--skip", 9), "no stimuli"),
         (options(data, tmp_path, "--skip", 3, "--vlm", vlm), "names none of the 1 stimuli"),
-        (options(data, tmp_path, "--vlm", tmp_path / "no.safetensors"), "does not exist"),
         (options(data, tmp_path, "--vlm", vlm, "--layer", "conv9"), "there is no layer 'conv9'"),
         (options(data, tmp_path, "--maps", tmp_path / "no"), "is not a folder"),
     ]
