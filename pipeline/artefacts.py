@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PARTIAL = ".partial"
 PROGRESS = ".progress"
+ROWS_AT_ONCE = 16
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: numpy reports a short write without a number
 Facts = dict[str, Any]
 
@@ -286,6 +287,15 @@ def release(array: np.ndarray) -> None:
     """
     if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         array.base.madvise(mmap.MADV_DONTNEED)
+
+
+def read_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """A copy of some rows (n, …); of a memory map, few pages are held at a time (each row brings neighbours along)."""
+    copy = np.empty((len(rows), *array.shape[1:]), array.dtype)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        copy[start : start + ROWS_AT_ONCE] = array[rows[start : start + ROWS_AT_ONCE]]
+        release(array)
+    return copy
 
 
 def check_disk(folder: Path, needed: int) -> None:
