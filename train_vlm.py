@@ -142,8 +142,7 @@ def read_batch(features: np.ndarray, images: np.ndarray, device: object) -> "tor
     """Rows of stored features (N, H, W, D) as a float32 tensor (B, D, H, W)."""
     import torch
 
-    rows = features[images]
-    artefacts.release(features)
+    rows = artefacts.read_rows(features, images)
     return torch.from_numpy(rows).to(device, torch.float32).permute(0, 3, 1, 2)
 
 

@@ -62,7 +62,7 @@ def measure_speed(setup: Setup) -> Figure:
 
 def resident(root: Path, setup: Setup) -> int:
     """Most memory that train_vlm.py held while it read every row of a workspace some times, in bytes."""
-    updates, batch = (4, 64) if setup.quick else (120, 256)
+    updates, batch = (4, 64) if setup.quick else (60, 256)
     options = ["--root", str(root), "--iterations", str(updates), "--batch-size", str(batch), "--log-every", "1000000"]
     options += ["--checkpoint-every", "1000000", "--learning-rate", "1e-3", "--held-out", "0", "--device", "cpu"]
     result = subprocess.run(

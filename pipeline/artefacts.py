@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 PARTIAL = ".partial"
 PROGRESS = ".progress"
+ROWS_AT_ONCE = 16
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: numpy reports a short write without a number
 Facts = dict[str, Any]
 SHORT = reprlib.Repr()  # of facts, which may be anything where a sidecar was edited
@@ -306,6 +307,15 @@ def map_array(path: Path, mode: str = "r") -> np.ndarray:
             return np.lib.format.open_memmap(path, mode=mode)
     except Exception as error:  # a hostile header makes numpy raise nearly anything
         raise ValueError(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from None
+
+
+def read_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """A copy of some rows (n, …); of a memory map, few pages are held at a time (each row brings neighbours along)."""
+    copy = np.empty((len(rows), *array.shape[1:]), array.dtype)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        copy[start : start + ROWS_AT_ONCE] = array[rows[start : start + ROWS_AT_ONCE]]
+        release(array)
+    return copy
 
 
 def check_disk(folder: Path, needed: int) -> None:

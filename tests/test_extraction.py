@@ -78,3 +78,14 @@ def test_pages_that_were_read_are_given_back(tmp_path: Path) -> None:
     assert resident_file_bytes() < before + 0.2 * size
     assert rows[7, 7] == 1
     artefacts.release(np.ones(3))
+    chosen = np.random.default_rng(0).integers(0, 1000, 700)
+    np.testing.assert_array_equal(artefacts.read_rows(rows, chosen), np.ones((700, size // 4000)))
+    assert resident_file_bytes() < before + 0.2 * size
+
+
+def test_rows_are_read_in_the_order_asked_for(tmp_path: Path) -> None:
+    array = np.arange(120).reshape(40, 3)
+    np.save(tmp_path / "rows.npy", array)
+    for rows in (array, np.load(tmp_path / "rows.npy", mmap_mode="r")):
+        for chosen in (np.array([39, 0, 7, 7, *range(38), 5]), np.array([], dtype=int)):
+            np.testing.assert_array_equal(artefacts.read_rows(rows, chosen), array[chosen])
