@@ -149,19 +149,17 @@ class Restart:
         """Descend to the end; save a snapshot and the state every `snapshot_every` updates, and on Ctrl-C."""
         iterations, decay_at = self.facts["iterations"], self.facts["decay_at"]
         what = f"reconstructing {self.facts['target']} ({self.facts['regularizer']})"
-        with cli.Progress(iterations, what, "it", len(self.curves)) as progress:
+        progress = cli.Progress(iterations, what, "it", len(self.curves))
+        with progress, cli.SafePoints() as signals:
 
             def callback(i: int, terms: dict[str, float]) -> None:
                 self.curves.append(terms)
                 progress.update(note=f"loss {terms['total']:.4f}, feature {terms['feature']:.4f}")
                 if (i + 1) % snapshot_every == 0 and i + 1 < iterations:
                     self.snapshot(i + 1)
+                signals.check(lambda: self.snapshot(i + 1))  # pixels, velocity and curves agree only here
 
-            try:
-                descend(self.loss, self.pixels, self.optimizer, iterations, callback, len(self.curves), decay_at)
-            except (KeyboardInterrupt, cli.Terminated):
-                self.snapshot(len(self.curves))
-                raise
+            descend(self.loss, self.pixels, self.optimizer, iterations, callback, len(self.curves), decay_at)
 
     def snapshot(self, iteration: int) -> None:
         """Write the picture so far and the state from which the same command goes on."""
@@ -453,7 +451,9 @@ def main(argv: list[str] | None = None) -> int:
         if len(sources) > 1:
             print(f"{number}/{len(sources)} {source.name}", flush=True)
         try:
-            reconstruct(args, source, output_folder(args, source), backbone, reader, statistics, facts)
+            out = output_folder(args, source)
+            with artefacts.claim(out):
+                reconstruct(args, source, out, backbone, reader, statistics, facts)
         except Exception as error:
             line = cli.explanation(error)
             if line is None or len(sources) == 1 or isinstance(error, artefacts.NoRoomError):

@@ -212,8 +212,6 @@ def test_full_disk(stage: str, before: dict[str, Path], undisturbed: dict[str, U
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_at_once(stage: str, before: dict[str, Path], undisturbed: dict[str, Undisturbed]) -> None:
     """The second run is refused, naming the first; the lock of a process that was killed keeps nobody out."""
-    if stage == "reconstruct":
-        pytest.xfail("reconstruct.py takes no lock yet")
     trial, whole = Trial(stage, before), undisturbed[stage]
     first = start(stage, trial.arguments(), trial.root, trial.output, Accident(whole.count // 2, signal.SIGSTOP))
     deadline = time.monotonic() + 60
