@@ -441,6 +441,25 @@ def test_reconstruct_goes_on_past_what_it_cannot_read(
         assert code == 2 and len(lines) == 1 and "cut.png is damaged" in lines[0]
 
 
+def test_image_that_memory_cannot_hold(
+    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """The kernel would end the process, and with it the other images."""
+    assert TINY.memory("conv1", 10, 12) == 4 * (3 * 10 * 12 + 4 * 8 * 10)
+    assert TINY.memory("conv2", 90, 90) == 4 * (4 * 88 * 88 + 6 * 86 * 86)  # from relu1 to conv2
+    for name, side in (("small", 30), ("large", 90)):
+        Image.fromarray(make_photo(0, side, side)).save(tmp_path / f"{name}.png")
+    there = TINY.memory("conv2", 60, 60)
+    monkeypatch.setattr(os, "sysconf", lambda name: there if name == "SC_PHYS_PAGES" else 1)
+    inputs = [tmp_path / "large.png", tmp_path / "small.png"]
+    options = ["--root", tiny_root, "--layer", "conv2", "--out", tmp_path / "out"]
+    code, lines = outcome(saliency, [*inputs, *options], capfd)
+    assert code == 2 and len(lines) == 1
+    assert "large.png: 90×90 pixels, which --max-side can shrink, need 301.4 KB of memory" in lines[0]
+    assert (tmp_path / "out" / "small.png").is_file()
+    assert outcome(saliency, [*inputs, *options, "--max-side", "50", "--overwrite"], capfd) == (0, [])
+
+
 def test_folders_without_permission(tiny_root: Path, capfd: pytest.CaptureFixture) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
