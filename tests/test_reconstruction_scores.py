@@ -179,7 +179,7 @@ def results(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     reconstruct.main([*options, "--rows", "1", "2", "3", "--regularizer", "none", "--out", str(out / "none")])
     for weight in ("2", "5"):
         reconstruct.main([*options, *tv, weight, "--out", str(out / f"tv{weight}")])
-    for folder in (out / "tv5").iterdir():
+    for folder in (out / "tv5").glob("[!.]*"):
         with Image.open(folder / "image.png") as image:
             artefacts.write_array(folder / "reconstruction.npy", np.asarray(image, np.float32))
     return out
