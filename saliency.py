@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from models.backbones import Backbone
     from models.vlm import VisualLanguageModel
 
-SUFFIXES = ("-overlay", "-unnaturalness")  # behind an image's name in its outputs
+UNNATURALNESS = "-unnaturalness"
+SUFFIXES = ("-overlay", UNNATURALNESS)  # behind an image's name in its outputs
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def write_maps(
 
     unit = saliency / 255 if saliency.dtype == np.uint8 else saliency
     for view, raw in raws.items():
-        artefacts.write_array(out / f"{name}-unnaturalness{'' if len(raws) == 1 else '-' + view}.npy", raw)
+        artefacts.write_array(out / f"{name}{UNNATURALNESS}{'' if len(raws) == 1 else '-' + view}.npy", raw)
     write_png(out / f"{name}.png", (unit * 255).astype(np.uint8))
     write_png(out / f"{name}-overlay.png", overlay(rgb, unit))
     stored = saliency if saliency.dtype == np.uint8 else saliency.astype(np.float32)
@@ -169,10 +170,10 @@ def load_views(args, device: "torch.device") -> tuple[list[View], artefacts.Fact
 
 def compute(args, out: Path, device: "torch.device") -> int:
     """The maps of all images, which the ranks share; 2 if any image could not be read."""
-    from pipeline.images import list_images, printable
+    from pipeline.images import list_images
 
-    files, problems = list_images(args.inputs, SUFFIXES)
     views, facts_of_views = load_views(args, device)
+    files, problems = list_images(args.inputs, (*SUFFIXES, *(f"{UNNATURALNESS}-{view.name}" for view in views)))
     facts = {
         "stage": "saliency",
         "maps": [view.name for view in views],
@@ -194,7 +195,7 @@ def compute(args, out: Path, device: "torch.device") -> int:
                 if (line := cli.explanation(error)) is None:
                     raise
                 failed += 1
-                where = printable(str(path))
+                where = cli.printable(str(path))
                 print(f"saliency.py: {'' if where in line else f'{where}: '}{line}", file=sys.stderr)
     failed = round(distributed.total(failed))
     done, made = len(files) + len(problems) - failed, " + ".join(view.name for view in views)

@@ -473,7 +473,14 @@ def explanation(error: Exception) -> str | None:
 
 def one_line(text: str) -> str:
     """Text without line breaks, and without what would steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """Text that can be written as UTF-8 and shown on a terminal, whatever bytes a file's name has."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def run(main: Callable[[], int | None]) -> int:

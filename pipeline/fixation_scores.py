@@ -274,20 +274,11 @@ def write_results(
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """Both tables, aligned."""
+    """Both tables, aligned, and what each row is."""
     scored = f"{summary['images_scored']} images, {summary['fixations']} fixations"
-    percent = f"{summary['confidence']:.0%} bootstrap intervals over images"
     names = [metric.upper().replace("SAUC", "sAUC") for metric in METRICS]
-    scores = [[name, *score_tables.cells(values, METRICS)] for name, values in summary["models"].items()]
-    parts = [f"Mean over {scored}, with {percent}.", score_tables.table(["model", *names], scores)]
-    if summary["differences"]:
-        pairs = [
-            [f"{d['first']} − {d['second']}", *score_tables.cells(d, METRICS, signed=True)]
-            for d in summary["differences"]
-        ]
-        parts += [f"Paired differences, with {percent}.", score_tables.table(["first − second", *names], pairs)]
-    parts.append("\n".join(f"- {name}: {values['about']}" for name, values in summary["models"].items()))
-    return "\n\n".join(parts) + "\n"
+    about = "\n".join(f"- {name}: {values['about']}" for name, values in summary["models"].items())
+    return "\n\n".join([*score_tables.tables(summary, METRICS, scored, names), about]) + "\n"
 
 
 def draw_examples(

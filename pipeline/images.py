@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from models.errors import UserError
 from pipeline import artefacts
+from pipeline.cli import printable
 
 STORED_SIZE = 256  # side of the training images (paper's code)
 MOST_BYTES = 1 << 30  # of an image file, more than any within Pillow's limit of pixels needs
@@ -202,13 +203,6 @@ def output_name(text: str, hashed: str = "") -> str:
         return text
     digest = hashlib.sha256((hashed or text).encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{clean.encode()[:LONGEST_NAME].decode('utf-8', 'ignore')}-{digest}"
-
-
-def printable(text: str) -> str:
-    """Text that can be written as UTF-8 and shown on a terminal, whatever bytes a file's name has."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def open_stored(path: Path) -> tuple[np.ndarray, artefacts.Facts]:

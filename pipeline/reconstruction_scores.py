@@ -16,7 +16,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -318,7 +318,7 @@ def write_results(
         "settings": facts["models"],
         "versions": cli.versions(),
     }
-    table = markdown(summary, metrics)
+    table = "\n\n".join(score_tables.tables(summary, metrics, f"{summary['images']} images")) + "\n"
     columns = {"image": [image.rpartition(" ")[0] for image in scores]}
     artefacts.write_text(args.out / "scores.csv", score_tables.scores_csv(scores, metrics, columns))
     artefacts.write_text(args.out / "table.md", table)
@@ -328,20 +328,6 @@ def write_results(
     artefacts.write_json(artefacts.sidecar_path(args.out / "summary.json"), facts)
     print(table)
     print(f"{args.out}: scores.csv, summary.json, table.md and pictures.png of {len(scores)} images")
-
-
-def markdown(summary: dict[str, Any], metrics: tuple[str, ...]) -> str:
-    """Both tables, aligned."""
-    percent = f"{summary['confidence']:.0%} bootstrap intervals over images"
-    lines = [[name, *score_tables.cells(values, metrics)] for name, values in summary["models"].items()]
-    parts = [f"Mean over {summary['images']} images, with {percent}.", score_tables.table(["model", *metrics], lines)]
-    if summary["differences"]:
-        lines = [
-            [f"{d['first']} − {d['second']}", *score_tables.cells(d, metrics, signed=True)]
-            for d in summary["differences"]
-        ]
-        parts += [f"Paired differences, with {percent}.", score_tables.table(["first − second", *metrics], lines)]
-    return "\n\n".join(parts) + "\n"
 
 
 def draw_grid(path: Path, models: dict[str, dict[str, Result]], images: list[str]) -> None:

@@ -72,6 +72,25 @@ def cells(values: Mapping[str, Any], metrics: Sequence[str], signed: bool = Fals
     return texts
 
 
+def tables(
+    summary: Mapping[str, Any], metrics: Sequence[str], over: str, names: Sequence[str] | None = None
+) -> list[str]:
+    """The means of a summary's `models` and its `differences`, in Markdown, each under a line that says what it is.
+
+    Args:
+        over: what the means are taken over, e.g. "50 images".
+        names: of the metrics, as heads of columns (default: the metrics).
+    """
+    names = names or metrics
+    percent = f"{summary['confidence']:.0%} bootstrap intervals over images"
+    means = [[name, *cells(values, metrics)] for name, values in summary["models"].items()]
+    parts = [f"Mean over {over}, with {percent}.", table(["model", *names], means)]
+    if summary["differences"]:
+        pairs = [[f"{d['first']} − {d['second']}", *cells(d, metrics, signed=True)] for d in summary["differences"]]
+        parts += [f"Paired differences, with {percent}.", table(["first − second", *names], pairs)]
+    return parts
+
+
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns."""
     widths = [max(map(len, texts)) for texts in zip(head, *lines, strict=True)]

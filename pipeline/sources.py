@@ -18,7 +18,8 @@ import numpy as np
 from models.errors import UserError
 from models.randomness import seed_for
 from pipeline import tars
-from pipeline.images import MOST_BYTES, check_bytes, printable, read_rgb
+from pipeline.cli import printable
+from pipeline.images import MOST_BYTES, check_bytes, read_rgb
 from pipeline.presets import SAMPLES
 
 SAMPLE_PHOTOS = {  # package -> files inside it
