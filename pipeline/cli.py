@@ -4,6 +4,7 @@ Nothing here imports torch before it is needed, so that `--help` answers at once
 """
 
 import argparse
+import ctypes
 import errno
 import hashlib
 import io
@@ -28,6 +29,8 @@ LINE_INTERVAL = 20.0  # seconds between progress lines where there is no termina
 DEVICES = ("auto", "cpu", "cuda", "mps")
 LARGEST_COUNT = 10**9  # of images, updates, …: beyond, sizes would overflow before memory does
 LARGEST_NUMBER = 3.4e38  # float32's
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+KEPT_BYTES = 2**30
 LONGEST_PART = 255  # bytes of a file's or folder's name, on the usual file systems
 # What goes wrong with a path that the user chose or can mend; other numbers are bugs.
 USERS_ERRORS = {
@@ -284,11 +287,24 @@ def pick_device(name: str):
         name = next(device for device, there in available.items() if there)
     if not available[name]:
         raise UserError(f"--device {name} is not available here: use --device auto or cpu")
+    if name == "cpu":
+        keep_freed_memory()
     if name == "cuda" and distributed.launched():
         if distributed.local_rank() >= torch.cuda.device_count():
             raise UserError(f"{torch.cuda.device_count()} CUDA devices are too few: lower --nproc-per-node to that")
         return torch.device(name, distributed.local_rank())
     return torch.device(name)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for what is allocated next; where it is not glibc, nothing changes.
+
+    It gives large blocks back to the system, which then has to hand out and clear the pages of the same tensors in
+    every update: a quarter of an update's time.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            library.mallopt(parameter, KEPT_BYTES)
 
 
 def announce(args: argparse.Namespace, device: object = None) -> None:
