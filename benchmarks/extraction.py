@@ -1,13 +1,14 @@
 """Both passes of feature extraction against the bare network's forward pass on the same tensors.
 
-The network is measured twice: as it is loaded, and in the memory layout that the stage gives it on CPUs.
+The network is measured twice: as it is loaded, and in the memory layout that the stage gives it on CPUs. What a plain
+program would need beside it, to put as many bytes on the disk, is measured too.
 """
 
 import contextlib
 import io
-import tempfile
+import os
+import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ import extract_features
 from benchmarks.networks import make_backbone, make_projection
 from benchmarks.timing import SEED, Figure, Report, Setup, ratio, seconds
 from models.backbones import ARCHITECTURES, Backbone
+from pipeline import artefacts
 
 POSITIONS = 3  # per image for PCA, as with 50,000 images
 GOAL = 0.9
@@ -33,7 +35,7 @@ class Case:
 
 
 CASES = (
-    Case("alexnet", ARCHITECTURES["alexnet"].vlm_layers, ("data", "pool5"), images=64, batch=16),
+    Case("alexnet", ARCHITECTURES["alexnet"].vlm_layers, ("data", "pool5"), images=192, batch=16),
     Case("vgg16", ("conv5_3",), ("data", "pool5"), images=8, batch=8),
 )
 QUICK_CASES = (Case("alexnet", ("conv2",), ("data",), images=3, batch=2),)
@@ -52,6 +54,12 @@ class Work:
         self.images = np.random.default_rng(SEED).integers(0, 256, shape, dtype=np.uint8)
         self.batches = [x for _, x in extract_features.network_batches(self.images, loaded, case.batch, 0)]
         self.projections = {layer: make_projection(architecture.channels(layer)) for layer in case.layers}
+        self.folder = setup.folder / case.name
+
+    def clear(self) -> None:
+        """Remove what a pass has written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
 
     def forward(self, backbone: Backbone) -> None:
         """The bare network."""
@@ -61,37 +69,48 @@ class Work:
 
     def statistics(self) -> None:
         """Pass 1."""
-        with tempfile.TemporaryDirectory(dir=self.setup.folder) as folder:
-            extract_features.collect_statistics(
-                self.images,
-                self.backbone,
-                list(self.case.layers),
-                list(self.case.others),
-                pca_positions=POSITIONS * len(self.images) - 1,
-                batch_size=self.case.batch,
-                seed=SEED,
-                state=Path(folder) / "state",
-                facts={},
-            )
+        extract_features.collect_statistics(
+            self.images,
+            self.backbone,
+            list(self.case.layers),
+            list(self.case.others),
+            pca_positions=POSITIONS * len(self.images) - 1,
+            batch_size=self.case.batch,
+            seed=SEED,
+            state=self.folder / "state",
+            facts={},
+        )
+
+    def facts(self) -> dict[str, artefacts.Facts]:
+        """What the features of every layer must state."""
+        views = extract_features.Views()
+        facts = {
+            layer: extract_features.feature_facts(self.images, self.backbone, layer, p.size, views, {})
+            for layer, p in self.projections.items()
+        }
+        return {layer: {**f, "dtype": "float32"} for layer, f in facts.items()}
 
     def features(self) -> None:
         """Pass 2, to files."""
-        views, layers = extract_features.Views(), self.projections.items()
-        facts = {
-            layer: extract_features.feature_facts(self.images, self.backbone, layer, p.size, views, {})
-            for layer, p in layers
-        }
-        facts = {layer: {**f, "dtype": "float32"} for layer, f in facts.items()}
-        with tempfile.TemporaryDirectory(dir=self.setup.folder) as folder, contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):
             extract_features.write_features(
                 self.images,
                 self.backbone,
                 self.projections,
-                Path(folder),
+                self.folder,
                 batch_size=self.case.batch,
-                views=views,
-                facts=facts,
+                views=extract_features.Views(),
+                facts=self.facts(),
             )
+
+    def plain_write(self) -> None:
+        """As many bytes as `features` leaves, batch by batch, to files that are on the disk at the end."""
+        for layer, facts in self.facts().items():
+            batch = np.zeros((self.case.batch, *facts["shape"][1:]), np.float32)
+            with (self.folder / layer).open("wb") as file:
+                for _ in range(0, self.case.images, self.case.batch):
+                    file.write(batch.data)
+                os.fsync(file.fileno())
 
 
 def measure_case(case: Case, setup: Setup) -> Report:
@@ -102,8 +121,9 @@ def measure_case(case: Case, setup: Setup) -> Report:
         "network in its layout": lambda: work.forward(work.backbone),
         "statistics": work.statistics,
         "features": work.features,
+        "plain write": work.plain_write,
     }
-    took = seconds(functions, setup)
+    took = seconds(functions, setup, work.clear)
     rates = {name: len(work.images) / float(np.median(values)) for name, values in took.items()}
     what = f"{case.name}, {len(case.layers)} layer{'s' if len(case.layers) > 1 else ''}"
     figures = []
@@ -111,6 +131,11 @@ def measure_case(case: Case, setup: Setup) -> Report:
         for base in ("network as loaded", "network in its layout"):
             note = f"{rates[name]:.3g} against {rates[base]:.3g} images/s"
             figures.append(Figure(f"{what}: {name} / {base}", ratio(took[base], took[name]), "%", GOAL, note=note))
+    parts = took["network in its layout"] + took["plain write"]
+    note = f"plain write: {float(np.median(took['plain write'])):.3g} s of {len(work.images)} images"
+    figures.append(
+        Figure(f"{what}: features / network and plain write", ratio(parts, took["features"]), "%", note=note)
+    )
     facts = {"images": case.images, "batch": case.batch, "seconds": {n: v.tolist() for n, v in took.items()}}
     return Report(figures, {what: facts})
 

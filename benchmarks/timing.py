@@ -77,8 +77,10 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def seconds(functions: Mapping[str, Callable[[], object]], setup: Setup) -> dict[str, np.ndarray]:
-    """Seconds (R,) of every function by name, one value per round.
+def seconds(
+    functions: Mapping[str, Callable[[], object]], setup: Setup, prepare: Callable[[], object] = lambda: None
+) -> dict[str, np.ndarray]:
+    """Seconds (R,) of every function by name, one value per round; `prepare` runs before each, uncounted.
 
     In each round all run once, one after the other, each time beginning with another, so that neither a slow moment
     nor what the predecessor left in the caches favours one. A first round is not counted.
@@ -88,6 +90,7 @@ def seconds(functions: Mapping[str, Callable[[], object]], setup: Setup) -> dict
     for turn in range(setup.repeats + 1):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
+            prepare()
             _wait(setup)
             began = time.perf_counter()
             functions[name]()
