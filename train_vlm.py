@@ -232,6 +232,7 @@ class Run:
         """Tensors and notes of the state, if there is one; with `overwrite` it is removed."""
         from models.checkpoints import AFRESH, check_state, read_state, read_tensors
 
+        read_log(self.root / "log.csv")
         if overwrite:
             artefacts.discard(self.state)
         elif self.out.is_file():
@@ -424,13 +425,35 @@ def check_projection(path: Path, noted: artefacts.Facts, wanted: artefacts.Facts
         )
 
 
+def read_log(path: Path) -> list[list]:
+    """Lines of log.csv, values as numbers; none where there is no file.
+
+    Raises:
+        UserError: it is something else, or was damaged by hand.
+    """
+    if not path.is_file():
+        return []
+    number = 0
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+        lines = []
+        for number, row in enumerate(rows, start=1):
+            if number == 1 and tuple(row) == LOG_COLUMNS or not row:
+                continue
+            layer, iteration, *values = row
+            if number == 1 or len(row) != len(LOG_COLUMNS):
+                raise ValueError("other columns")
+            lines.append([layer, int(iteration), *map(float, values)])
+    except (ValueError, csv.Error) as error:
+        reason = f"line {number}: {cli.printable(str(error))}"
+        raise UserError(f"{path} is not the log of a training ({reason}): remove it, nothing needs it") from None
+    return lines
+
+
 def merge_log(path: Path, lines: list[list], names: list[str]) -> list[list]:
     """Replace the lines of some layers in log.csv; returns all lines, ordered by layer and iteration."""
-    others = []
-    if path.is_file():
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))[1:]
-        others = [[row[0], int(row[1]), *map(float, row[2:])] for row in rows if row and row[0] not in names]
+    others = [line for line in read_log(path) if line[0] not in names]
     merged = sorted([*others, *lines], key=lambda line: (line[0], line[1]))
     text = io.StringIO()
     csv.writer(text).writerows([LOG_COLUMNS, *merged])

@@ -3,6 +3,10 @@
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from models.errors import UserError
+
+SSIM_WINDOW = 11  # pixels: 3.5 σ to either side
+
 
 def psnr(picture: np.ndarray, original: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of pictures (H, W, 3) in 0-255; NaN for equal ones, where it is infinite."""
@@ -15,7 +19,16 @@ def ssim(picture: np.ndarray, original: np.ndarray) -> float:
     """Structural similarity of pictures (H, W, 3) in 0-255, mean over channels, with Gaussian windows of σ = 1.5.
 
     Wang et al. 2004, Sec. III-B: population covariances, K₁ = 0.01, K₂ = 0.03.
+
+    Raises:
+        UserError: the pictures are smaller than a window.
     """
+    if min(original.shape[:2]) < SSIM_WINDOW:
+        height, width = original.shape[:2]
+        raise UserError(
+            f"pictures of {width}×{height} have no structural similarity, whose window is {SSIM_WINDOW}×{SSIM_WINDOW}: "
+            "give larger ones"
+        )
     pictures = (original.astype(np.float64), picture.astype(np.float64))
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     return float(structural_similarity(*pictures, data_range=255, channel_axis=2, **settings))

@@ -286,6 +286,34 @@ def test_spoiled_sidecar_of_a_checkpoint_is_written_again(how: str, root: Path, 
         assert json.loads(sidecar.read_text()) == facts
 
 
+LOGS = {
+    "text": b"no log\n",
+    "other columns": b"layer,loss\nconv2,0.5\n",
+    "a short line": b"conv1,1,1,1\n",
+    "a word for a number": b"conv1,1,1,low,1,1,1,1\n",
+    "half an iteration": b"conv1,1.5,1,1,1,1,1,1\n",
+    "a number of a million digits": b"conv1," + b"9" * 1_000_000 + b",1,1,1,1,1,1\n",
+    "an open quote": b'"conv1,' + b"1" * 200_000,
+    "no UTF-8": b"\xff\xfe,1,1,1,1,1,1,1\n",
+    "zeros": bytes(1000),
+}
+
+
+@pytest.mark.parametrize("whole_head", [False, True])
+def test_spoiled_log(whole_head: bool, root: Path, capsys: pytest.CaptureFixture) -> None:
+    """A log edited by hand is refused before anything is trained, and nothing is lost."""
+    path, checkpoint = root / "log.csv", (root / "vlm.safetensors").read_bytes()
+    head = ",".join(train_vlm.LOG_COLUMNS).encode() + b"\n" if whole_head else b""
+    for what, content in LOGS.items():
+        path.write_bytes(head + content)
+        line = refusal(train_vlm, [*command(train_vlm, root), "--overwrite"], capsys)
+        assert str(path) in line and "remove it" in line, (what, line)
+        assert (root / "vlm.safetensors").read_bytes() == checkpoint
+    path.write_bytes(head + b"\n")
+    assert not train_vlm.main([*command(train_vlm, root), "--overwrite"])
+    assert train_vlm.read_log(path)
+
+
 def test_spoiled_features_as_targets(
     root: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -495,6 +495,20 @@ def test_names_of_outputs_never_meet() -> None:
     assert not any("/" in name for name in names)
 
 
+def test_outputs_of_added_maps_never_meet(tiny_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """An image that is called as another one's map of a layer costs neither its results."""
+    pictures = [tmp_path / "b.png", tmp_path / "b-unnaturalness-tiny-conv1.png"]
+    for i, path in enumerate(pictures):
+        Image.fromarray(make_photo(i, 30, 40 + i)).save(path)
+    out = tmp_path / "out"
+    code, lines = outcome(saliency, [*pictures, "--root", tiny_root, "--layer", "conv1", "conv2", "--out", out], capfd)
+    assert code == 0 and not lines
+    expected = {f"{p.name}{view}" for p in pictures for view in ("", *(f"-unnaturalness-tiny-conv{i}" for i in (1, 2)))}
+    assert {p.stem for p in out.glob("*.npy")} == expected
+    for i, path in enumerate(pictures):
+        assert np.load(out / f"{path.name}.npy").shape == (30, 40 + i)
+
+
 @given(st.lists(st.text("aA-./é", min_size=1, max_size=6), min_size=1, max_size=12))
 def test_names_of_outputs_are_unique_for_all_files(texts: list[str]) -> None:
     files = [Path(text) for text in texts if Path(text).name]

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,6 +209,45 @@ def test_full_disk(stage: str, before: dict[str, Path], undisturbed: dict[str, U
         kept = contents(trial.root)
         assert [name for name in there if kept.get(name) != there[name]] == []
         trial.finish(whole.files)
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[None]:
+    """A file system of its own, in memory, over a folder; the test is skipped where none may be mounted."""
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_disk_that_is_full(stage: str, before: dict[str, Path], undisturbed: dict[str, Undisturbed]) -> None:
+    """As `test_full_disk`, on a disk that is: with room for some of the results, and once there is more."""
+    trial, whole = Trial(stage, before), undisturbed[stage]
+    there = contents(trial.root)
+    trial.run()
+    sizes = {str(p.relative_to(trial.root)): p.stat().st_size for p in trial.root.rglob("*") if p.is_file()}
+    largest = max(size for name, size in sizes.items() if name in whole.files and name not in there)
+    with small_disk(trial.root, 4 * sum(sizes.values()) + 2**20):
+        for share in (0.2, 0.6):
+            shutil.copytree(trial.before, trial.root, dirs_exist_ok=True)
+            ballast = trial.root / "ballast"
+            ballast.write_bytes(bytes(shutil.disk_usage(trial.root).free - int(share * largest)))
+            code, output, _ = trial.run()
+            ballast.unlink()
+            assert code == 2, output
+            told = [line for line in output.splitlines() if line.startswith(f"{stage}.py: ")][-1]
+            assert re.search(r" needs (more than )?[\d.]+ \w?B and its disk has [\d.]+ \w?B free", told), output
+            kept = contents(trial.root)
+            assert [name for name in there if kept.get(name) != there[name]] == []
+            trial.finish(whole.files)
+            for path in trial.root.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -26,6 +26,13 @@ def test_psnr_of_known_errors() -> None:
     assert math.isnan(picture_metrics.psnr(original.astype(np.float32), original))
 
 
+def test_ssim_of_less_than_a_window_is_refused() -> None:
+    for shape in ((10, 30, 3), (30, 10, 3), (1, 1, 3)):
+        with pytest.raises(UserError, match=f"{shape[1]}×{shape[0]} have no structural similarity"):
+            picture_metrics.ssim(np.zeros(shape), np.ones(shape))
+    assert picture_metrics.ssim(np.zeros((11, 11, 3)), np.zeros((11, 11, 3))) == 1
+
+
 def test_ssim_is_one_for_equals_and_falls_with_noise() -> None:
     original = make_photo(1, 60, 70)
     random = np.random.default_rng(0)
