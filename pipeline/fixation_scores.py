@@ -304,7 +304,8 @@ def draw_examples(
         rgb = read_rgb(images[number])
         own = [source for source in sources if {name, *row.controls} & source.rows.keys()]
         maps = {key: values for source in own for key, values in source.maps(images[number], rgb).items()}
-        titles = {key: f"{key}\nAUC {scores[images[number].name][key]['auc']:.3f}" for key in (name, *row.controls)}
+        own_scores = scores[images[number].name]
+        titles = {key: key.replace("/", "\n") + f"\nAUC {own_scores[key]['auc']:.3f}" for key in (name, *row.controls)}
         photo = {f"{rank} of {len(order)}\n{images[number].name}": rgb}
         pictures.append(photo | {title: maps[key] for key, title in titles.items()})
         points.append(fixations.of_image(number)[:2])
