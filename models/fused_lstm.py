@@ -63,21 +63,21 @@ class _FusedLSTM(torch.autograd.Function):
         grad_x = seen.new_empty(len(gates) if needs_x else 0, *back_x.shape[:2], seen.shape[3])
         grad_weight = torch.zeros_like(weight)
         grad_cells, through = torch.zeros_like(squashed[0]), torch.empty_like(squashed[0])
-        raw, grad_gates = torch.empty_like(gates[0]), torch.zeros_like(gates[0])
-        raw_i, raw_f, raw_c, raw_o = raw.split(d, dim=1)
+        grad_gates, steps = torch.empty_like(gates[0]), len(gates)
+        grad_i, grad_f, grad_c, grad_o = grad_gates.split(d, dim=1)  # first of σ's results, then of what it squashed
         i, f, c, o = (gate.unbind() for gate in gates.split(d, dim=2))
         reads, to_x = seen.transpose(2, 3).unbind(), grad_x.unbind() if needs_x else ()
         gates, cells, squashed, grad = (v.unbind() for v in (gates, minus_cells, squashed, grad))
-        for t in reversed(range(len(gates))):
-            grad_hidden = torch.baddbmm(grad[t], back_hidden, grad_gates)
-            torch.addcmul(grad_hidden, grad_hidden, squashed[t], value=-2, out=raw_o)
+        for t in reversed(range(steps)):
+            grad_hidden = grad[t] if t == steps - 1 else torch.baddbmm(grad[t], back_hidden, grad_gates)
+            torch.addcmul(grad_hidden, grad_hidden, squashed[t], value=-2, out=grad_o)
             torch.mul(grad_hidden, o[t], out=through)
             grad_cells.add_(sigmoid_backward(through, squashed[t], grad_input=through), alpha=-4)
-            torch.addcmul(grad_cells, grad_cells, c[t], value=-2, out=raw_i)
-            torch.mul(grad_cells, i[t], out=raw_c)
-            torch.mul(grad_cells, cells[t - 1], out=raw_f) if t else raw_f.zero_()
+            torch.addcmul(grad_cells, grad_cells, c[t], value=-2, out=grad_i)
+            torch.mul(grad_cells, i[t], out=grad_c)
+            torch.mul(grad_cells, cells[t - 1], out=grad_f) if t else grad_f.zero_()
             grad_cells.mul_(f[t])
-            sigmoid_backward(raw, gates[t], grad_input=grad_gates)
+            sigmoid_backward(grad_gates, gates[t], grad_input=grad_gates)
             if needs_weight:
                 grad_weight.baddbmm_(grad_gates, reads[t])
             if needs_x:
