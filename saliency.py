@@ -100,7 +100,7 @@ def get_parser() -> cli.Parser:
         type=cli.readable_file,
         nargs="+",
         help="checkpoint (default: ROOT/vlm.safetensors); the maps of several are scaled to 0…1 and added: vgg16 with "
-        "alexnet gained .006 AUC, .002 sAUC, .02 NSS on 50 OSIE images over vgg16 alone (paper: one network)",
+        "alexnet gained .006 AUC, .001 sAUC, .01 NSS on 50 OSIE images over vgg16 alone (paper: one network)",
     )
     parser.add_argument(
         "--layer",

@@ -52,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--add",
         action="store_true",
         help="score the sum of all these layers' maps too, each scaled to 0…1 first: what saliency.py makes of several "
-        "--vlm; vgg16 with alexnet gained .006 AUC, .002 sAUC, .02 NSS on 50 OSIE images over vgg16 alone",
+        "--vlm; vgg16 with alexnet gained .006 AUC, .001 sAUC, .01 NSS on 50 OSIE images over vgg16 alone",
     )
     parser.add_argument(
         "--maps", type=cli.folder, nargs="+", default=[], help="folders of .npy or grey .png, named as the stimuli"
