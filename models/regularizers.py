@@ -45,12 +45,12 @@ _MAHENDRAN = {"relative": True, "decay_at": (0.25, 0.75), "iterations": 400}
 _MAHENDRAN_RATE = 0.004 * IMAGE_NORM**2
 
 REGULARIZERS: dict[str, Regularizer] = {
-    "vlm": Regularizer(vlm=True),
     "none": Regularizer(),
     # Simonyan et al. start from the mean image, and give no step for inversion: the descent is Mahendran & Vedaldi's,
     # at a tenth of their rate, which from that start leaves the loss of alexnet's pool5 where it was (80 iterations).
     "l2": Regularizer(penalties={"l2": 1.0}, start="zero", learning_rate=_MAHENDRAN_RATE / 10, **_MAHENDRAN),
     "tv": Regularizer(penalties={"tv": None, "l6": 8e-10}, start="norm", learning_rate=_MAHENDRAN_RATE, **_MAHENDRAN),
+    "vlm": Regularizer(vlm=True),
     # differs from the paper: a light total variation takes away the noise that its language models let pass. Of 0.3, 1
     # and 3 the last was best by SSIM and by the classifier on five sample photos (alexnet, pool5, 150 updates).
     "vlm+tv": Regularizer(vlm=True, penalties={"tv": 3.0}),

@@ -301,7 +301,7 @@ def test_results_without_language_model_outlive_a_longer_training(
 
 
 def test_regularizers_are_complete() -> None:
-    assert list(REGULARIZERS) == ["vlm", "none", "l2", "tv", "vlm+tv"]
+    assert list(REGULARIZERS) == ["none", "l2", "tv", "vlm", "vlm+tv"]
     for regularizer in REGULARIZERS.values():
         assert isinstance(regularizer, Regularizer)
         assert regularizer.penalties.keys() <= losses.PENALTIES.keys()
