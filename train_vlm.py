@@ -446,8 +446,9 @@ def read_log(path: Path) -> list[list]:
                 raise ValueError("other columns")
             lines.append([layer, int(iteration), *map(float, values)])
     except (ValueError, csv.Error) as error:
-        reason = f"line {number}: {cli.printable(str(error))}"
-        raise UserError(f"{path} is not the log of a training ({reason}): remove it, nothing needs it") from None
+        raise UserError(
+            f"{path} is not the log of a training (line {number}: {error}): remove it, nothing needs it"
+        ) from None
     return lines
 
 

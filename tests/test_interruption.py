@@ -128,6 +128,17 @@ class Trial:
         assert found.keys() == expected.keys()
         assert [name for name in found if found[name] != expected[name]] == []
 
+    def lack_room(self, accident: Accident = Accident()) -> None:  # noqa: B008
+        """Run on a full disk: one line with both sizes, and what was there before the stage is intact."""
+        there = contents(self.before)
+        code, output, _ = self.run(accident)
+        assert code == 2, output
+        told = [line for line in output.splitlines() if line.startswith(f"{self.stage}.py: ")][-1]
+        assert re.search(r" needs (more than )?[\d.]+ \w?B and its disk has [\d.]+ \w?B free", told), output
+        assert "Traceback" not in output
+        kept = contents(self.root)
+        assert [name for name in there if kept.get(name) != there[name]] == []
+
 
 @dataclass(frozen=True)
 class Undisturbed:
@@ -201,13 +212,7 @@ def test_full_disk(stage: str, before: dict[str, Path], undisturbed: dict[str, U
         Accident(largest_file=largest * 2 // 3),
     ):
         trial.reset()
-        code, output, _ = trial.run(accident)
-        assert code == 2, output
-        told = [line for line in output.splitlines() if line.startswith(f"{stage}.py: ")][-1]
-        assert re.search(r" needs (more than )?[\d.]+ \w?B and its disk has [\d.]+ \w?B free", told), output
-        assert "Traceback" not in output
-        kept = contents(trial.root)
-        assert [name for name in there if kept.get(name) != there[name]] == []
+        trial.lack_room(accident)
         trial.finish(whole.files)
 
 
@@ -238,13 +243,8 @@ def test_disk_that_is_full(stage: str, before: dict[str, Path], undisturbed: dic
             shutil.copytree(trial.before, trial.root, dirs_exist_ok=True)
             ballast = trial.root / "ballast"
             ballast.write_bytes(bytes(shutil.disk_usage(trial.root).free - int(share * largest)))
-            code, output, _ = trial.run()
+            trial.lack_room()
             ballast.unlink()
-            assert code == 2, output
-            told = [line for line in output.splitlines() if line.startswith(f"{stage}.py: ")][-1]
-            assert re.search(r" needs (more than )?[\d.]+ \w?B and its disk has [\d.]+ \w?B free", told), output
-            kept = contents(trial.root)
-            assert [name for name in there if kept.get(name) != there[name]] == []
             trial.finish(whole.files)
             for path in trial.root.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
