@@ -10,15 +10,16 @@ Out: tables, per-image scores and pictures in the folder of --out.
 
 import sys
 
-from pipeline import cli, fixation_scores, reconstruction_scores
+from evaluation import score_fixations, score_reconstructions
+from pipeline import options, program
 
 # Modules with a docstring, add_options(parser) and run(args) -> exit code.
-COMMANDS = {"fixations": fixation_scores, "reconstruction": reconstruction_scores}
+COMMANDS = {"fixations": score_fixations, "reconstruction": score_reconstructions}
 
 
-def get_parser() -> cli.Parser:
+def get_parser() -> options.Parser:
     """Options of all commands."""
-    return cli.command_parser(__doc__, COMMANDS)
+    return options.command_parser(__doc__, COMMANDS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,4 +29,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(program.run(main))

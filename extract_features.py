@@ -24,7 +24,8 @@ import numpy as np
 
 from models.errors import UserError
 from models.randomness import seed_for
-from pipeline import artefacts, cli, distributed
+from pipeline import artefacts, distributed, networks, options, program
+from pipeline.progress import Progress, SafePoints
 
 if TYPE_CHECKING:
     import torch
@@ -189,8 +190,8 @@ def collect_statistics(
     state, facts = artefacts.rank_path(state), {**facts, "rows": [first, stop]}
     statistics.restore(state, facts)
     batches = network_batches(images, backbone, batch_size, statistics.done, None, stop)
-    progress = cli.Progress(stop - first, "statistics", "images", statistics.done - first)
-    with progress, cli.SafePoints() as signals, torch.no_grad():
+    progress = Progress(stop - first, "statistics", "images", statistics.done - first)
+    with progress, SafePoints() as signals, torch.no_grad():
         for start, x in batches:
             features = backbone(x, taps)
             for tap, values in features.items():
@@ -284,8 +285,8 @@ def write_features(
     marked = time.monotonic()
     products = {layer: [t.to(backbone.device) for t in p.as_product()] for layer, p in projections.items()}
     batches = network_batches(images, backbone, batch_size, done, views, stop)
-    progress = cli.Progress(stop - first, "features", "images", done - first)
-    with progress, cli.SafePoints() as signals, torch.no_grad():
+    progress = Progress(stop - first, "features", "images", done - first)
+    with progress, SafePoints() as signals, torch.no_grad():
         for start, x in batches:
             for layer, features in backbone(x, list(products)).items():
                 weight, offset = products[layer]
@@ -301,15 +302,15 @@ def write_features(
     if distributed.size() > 1:
         mark(stop)
     for writer in writers.values():
-        writer.finish(versions=cli.versions())
+        writer.finish(versions=program.versions())
 
 
-def get_parser() -> cli.Parser:
+def get_parser() -> options.Parser:
     """Options of this stage."""
-    parser = cli.stage_parser(__doc__)
-    cli.add_weights_options(parser)
-    parser.add_argument("--images", type=cli.readable_file, help="images of stage 1 (default: ROOT/images.npy)")
-    parser.add_argument("--out", type=cli.writable_folder, help="folder to write to (default: ROOT/features)")
+    parser = options.stage_parser(__doc__)
+    options.add_weights_options(parser)
+    parser.add_argument("--images", type=options.readable_file, help="images of stage 1 (default: ROOT/images.npy)")
+    parser.add_argument("--out", type=options.writable_folder, help="folder to write to (default: ROOT/features)")
     parser.add_argument("--backbone", default="alexnet", help="CNN (default: the preset's)")
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="taps to model (default: the backbone's six)")
     parser.add_argument(
@@ -320,16 +321,16 @@ def get_parser() -> cli.Parser:
         "(default: those of pool5, fc6, fc7, fc8 that the weights reach)",
     )
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="float16 halves the files")
-    parser.add_argument("--batch-size", type=cli.positive, default=16, help="images per forward pass")
-    parser.add_argument("--limit", type=cli.positive, help="use the first images only")
+    parser.add_argument("--batch-size", type=options.positive, default=16, help="images per forward pass")
+    parser.add_argument("--limit", type=options.positive, help="use the first images only")
     parser.add_argument(
         "--pca-positions",
-        type=cli.positive,
+        type=options.positive,
         default=100_000,
         help="positions that PCA is fitted on, spread over all images (original code: 100000)",
     )
     parser.add_argument(
-        "--views", type=cli.positive, default=1, help="of each image; the first is the centre crop (paper: 1)"
+        "--views", type=options.positive, default=1, help="of each image; the first is the centre crop (paper: 1)"
     )
     parser.add_argument("--random-crop", action="store_true", help="the other views are crops drawn from the image")
     parser.add_argument("--flip", action="store_true", help="half of the other views are mirrored")
@@ -338,10 +339,10 @@ def get_parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
-    args = cli.parse_args(get_parser(), argv, "extract_features")
+    args = options.parse_args(get_parser(), argv, "extract_features")
     if (args.views > 1) != (args.random_crop or args.flip):
         raise UserError("--views 2 or more goes together with --random-crop, --flip or both: give both or neither")
-    device = cli.pick_device(args.device)
+    device = networks.pick_device(args.device)
     folder = args.out or args.root / "features"
     with distributed.group(device), artefacts.claim(folder):
         extract(args, folder, device)
@@ -355,8 +356,10 @@ def extract(args, folder: Path, device: "torch.device") -> None:
 
     images, source = open_stored(args.images or args.root / "images.npy")
     images = images[: args.limit]
-    cli.announce(args, device)
-    backbone, weights = cli.load_backbone(args, args.backbone, [*(args.layers or []), *(args.statistics or [])], device)
+    program.announce(args, device)
+    backbone, weights = networks.load_backbone(
+        args, args.backbone, [*(args.layers or []), *(args.statistics or [])], device
+    )
     if device.type == "cpu":
         import torch
 
@@ -366,7 +369,7 @@ def extract(args, folder: Path, device: "torch.device") -> None:
     facts = {
         "stage": "extract_features",
         "backbone": backbone.architecture.name,
-        **cli.weights_facts(backbone, weights),
+        **networks.weights_facts(backbone, weights),
         "images_sha256": source["content_sha256"],
         "num_images": len(images),
         "pca_positions": args.pca_positions,
@@ -436,7 +439,7 @@ def find_projections(
         def write() -> None:
             tensors = projection_tensors(fit_projections(statistics, layers), statistics)
             artefacts.write_tensors(path, tensors, {"layers": layers, "weights": source, **collected})
-            artefacts.write_json(artefacts.sidecar_path(path), {**collected, "versions": cli.versions()})
+            artefacts.write_json(artefacts.sidecar_path(path), {**collected, "versions": program.versions()})
 
         distributed.first(write)
     distributed.first(lambda: artefacts.discard(state))
@@ -444,4 +447,4 @@ def find_projections(
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(program.run(main))

@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from models.errors import UserError
-from pipeline import artefacts, cli
+from pipeline import artefacts, options, program
 from pipeline.images import STORED_SIZE, resize_to_square
+from pipeline.progress import Progress, SafePoints
 from pipeline.sources import Crop, Entry, fingerprint, list_images
 
 MOST_WORKERS = 64  # more threads would only hold more decoded images
@@ -75,7 +76,7 @@ def prepare(
     writer = artefacts.ArrayWriter(out, (rows, STORED_SIZE, STORED_SIZE, 3), "uint8", facts)
     rejected = noted_rejections(writer, len(entries))
     first = marked = writer.done + len(rejected)
-    with cli.Progress(len(entries), "preparing", "images", first) as progress, cli.SafePoints() as signals:
+    with Progress(len(entries), "preparing", "images", first) as progress, SafePoints() as signals:
         for index, result in enumerate(load_in_order(entries[first:], workers), first):
             if isinstance(result, str):
                 if strict:
@@ -96,7 +97,7 @@ def prepare(
         rows=writer.done,
         content_sha256=artefacts.hash_rows(writer.array[: writer.done]),
         rejected=len(rejected),
-        versions=cli.versions(),
+        versions=program.versions(),
         names=[entry.name for index, entry in enumerate(entries) if index not in rejected],
     )
     return rejected
@@ -126,24 +127,24 @@ def write_rejected(out: Path, entries: list[Entry] | list[Crop], rejected: dict[
     artefacts.write_text(out.parent / "rejected.csv", text.getvalue())
 
 
-def get_parser() -> cli.Parser:
+def get_parser() -> options.Parser:
     """Options of this stage."""
-    parser = cli.stage_parser(__doc__)
+    parser = options.stage_parser(__doc__)
     parser.add_argument("--source", help="folder, tar, tar of tars, list file, or 'samples' (paper: ILSVRC2012 val)")
-    parser.add_argument("--out", type=cli.writable_file, help="where to write (default: ROOT/images.npy)")
-    parser.add_argument("--num-images", type=cli.positive, help="a random subset of this size (paper: all)")
-    parser.add_argument("--workers", type=cli.positive, default=os.cpu_count() or 1, help="decoding threads")
+    parser.add_argument("--out", type=options.writable_file, help="where to write (default: ROOT/images.npy)")
+    parser.add_argument("--num-images", type=options.positive, help="a random subset of this size (paper: all)")
+    parser.add_argument("--workers", type=options.positive, default=os.cpu_count() or 1, help="decoding threads")
     parser.add_argument("--strict", action="store_true", help="stop at the first unreadable file")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
-    args = cli.parse_args(get_parser(), argv, "prepare_images")
+    args = options.parse_args(get_parser(), argv, "prepare_images")
     if args.source is None:
         raise UserError("--source is missing: give a folder, a tar, a list file, or 'samples'")
     out = args.out or args.root / "images.npy"
-    cli.announce(args)
+    program.announce(args)
     entries = list_images(args.source, args.num_images, args.seed)
     facts = {
         "stage": "prepare_images",
@@ -165,4 +166,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(program.run(main))

@@ -25,14 +25,15 @@ import numpy as np
 from models.errors import UserError
 from models.randomness import seed_for, split_images
 from models.regularizers import REGULARIZERS, learning_rate_for, penalties_for
-from pipeline import artefacts, cli
+from pipeline import artefacts, networks, options, program
+from pipeline.progress import Progress, SafePoints, Terminated
 
 if TYPE_CHECKING:
     import torch
 
     from models.backbones import Backbone
-    from models.losses import ReconstructionLoss
-    from models.optimizer import MomentumSGD
+    from models.descent import MomentumSGD
+    from models.objective import ReconstructionLoss
     from models.vlm import VisualLanguageModel
 
 DECAY = 0.1  # of the learning rate, at the iterations of --decay-at
@@ -95,14 +96,14 @@ def start_pixels(
     """What a descent starts from, mean-subtracted pixels (1, 3, h, w); `kind` as in `Regularizer.start`."""
     import torch
 
-    from models import losses
+    from models import objective
 
     crop = backbone.architecture.crop
     if kind == "zero":
         return torch.zeros(1, 3, *crop, device=backbone.device)
     if kind == "norm":
-        return losses.initial_pixels_of_norm(crop, seed).to(backbone.device)
-    return losses.initial_pixels(backbone, statistics["data"]["mean"], statistics["data"]["std"], crop, seed)
+        return objective.initial_pixels_of_norm(crop, seed).to(backbone.device)
+    return objective.initial_pixels(backbone, statistics["data"]["mean"], statistics["data"]["std"], crop, seed)
 
 
 class Restart:
@@ -117,7 +118,7 @@ class Restart:
         start: "torch.Tensor",
         facts: artefacts.Facts,
     ):
-        from models.optimizer import MomentumSGD
+        from models.descent import MomentumSGD
 
         self.number, self.folder, self.backbone, self.loss = number, folder, backbone, loss
         self.pixels = start.requires_grad_()
@@ -149,8 +150,8 @@ class Restart:
         """Descend to the end; save a snapshot and the state every `snapshot_every` updates, and on Ctrl-C."""
         iterations, decay_at = self.facts["iterations"], self.facts["decay_at"]
         what = f"reconstructing {self.facts['target']} ({self.facts['regularizer']})"
-        progress = cli.Progress(iterations, what, "it", len(self.curves))
-        with progress, cli.SafePoints() as signals:
+        progress = Progress(iterations, what, "it", len(self.curves))
+        with progress, SafePoints() as signals:
 
             def callback(i: int, terms: dict[str, float]) -> None:
                 self.curves.append(terms)
@@ -197,32 +198,34 @@ def write_curves(folder: Path, restarts: list[Restart]) -> None:
     reconstruction_curves([r.curves for r in restarts], folder / "curves.png")
 
 
-def get_parser() -> cli.Parser:
+def get_parser() -> options.Parser:
     """Options of this stage."""
-    parser = cli.stage_parser(__doc__)
-    cli.add_weights_options(parser)
+    parser = options.stage_parser(__doc__)
+    options.add_weights_options(parser)
     parser.add_argument(
         "inputs", nargs="*", metavar="IMAGE|FOLDER|FEATURE.npy", help="images to reconstruct, or stored features"
     )
     parser.add_argument(
-        "--images", type=cli.readable_file, help="images of stage 1 for --rows (default: ROOT/images.npy)"
+        "--images", type=options.readable_file, help="images of stage 1 for --rows (default: ROOT/images.npy)"
     )
-    parser.add_argument("--rows", type=cli.natural, nargs="+", metavar="ROW", help="reconstruct these of --images")
+    parser.add_argument("--rows", type=options.natural, nargs="+", metavar="ROW", help="reconstruct these of --images")
     parser.add_argument("--held-out", action="store_true", help="reconstruct the rows that training held out")
     parser.add_argument(
-        "--vlm", type=cli.readable_file, help="checkpoint, also for the statistics (default: ROOT/vlm.safetensors)"
+        "--vlm", type=options.readable_file, help="checkpoint, also for the statistics (default: ROOT/vlm.safetensors)"
     )
     parser.add_argument(
         "--statistics",
-        type=cli.readable_file,
+        type=options.readable_file,
         help="projection.safetensors of stage 2 with the mean and std of taps that the checkpoint lacks",
     )
     parser.add_argument("--target", default="pool5", metavar="TAP", help="feature to invert (paper: fc8 of AlexNet)")
-    parser.add_argument("--restarts", type=cli.positive, default=1, help="descents from other noise; the best is kept")
-    parser.add_argument("--snapshot-every", type=cli.positive, default=100, help="updates between snapshots")
+    parser.add_argument(
+        "--restarts", type=options.positive, default=1, help="descents from other noise; the best is kept"
+    )
+    parser.add_argument("--snapshot-every", type=options.positive, default=100, help="updates between snapshots")
     parser.add_argument(
         "--out",
-        type=cli.writable_folder,
+        type=options.writable_folder,
         help="folder, for several inputs one that holds a folder for each "
         "(default: ROOT/reconstructions/<input>-<target>-<regularizer>)",
     )
@@ -230,9 +233,9 @@ def get_parser() -> cli.Parser:
     return parser
 
 
-def add_objective_options(parser: cli.Parser) -> None:
+def add_objective_options(parser: options.Parser) -> None:
     """Options of the loss and its descent."""
-    weight = cli.non_negative_number
+    weight = options.non_negative_number
     parser.add_argument(
         "--regularizer",
         choices=tuple(REGULARIZERS),
@@ -246,21 +249,21 @@ def add_objective_options(parser: cli.Parser) -> None:
     parser.add_argument("--l2-weight", type=weight, help="λ of the norm in l2")
     parser.add_argument("--tv-weight", type=weight, help="λ of total variation in tv and vlm+tv (tv: by depth)")
     parser.add_argument(
-        "--iterations", dest="updates", type=cli.positive, help="(default: the preset's, paper: 1000; l2, tv: 400)"
+        "--iterations", dest="updates", type=options.positive, help="(default: the preset's, paper: 1000; l2, tv: 400)"
     )
     parser.add_argument(
         "--learning-rate",
-        type=cli.positive_number,
+        type=options.positive_number,
         help="of pixels in 0-255 (default: the authors', or what works for the tap; paper: 524288)",
     )
     parser.add_argument(
         "--decay-at",
-        type=cli.natural,
+        type=options.natural,
         nargs="*",
         metavar="ITERATION",
         help="divide the rate by ten and forget the momentum there (default: never; l2, tv: at 1/4 and 3/4)",
     )
-    parser.add_argument("--momentum", type=cli.fraction, default=0.9, help="paper: 0.9")
+    parser.add_argument("--momentum", type=options.fraction, default=0.9, help="paper: 0.9")
 
 
 def resolve_defaults(args, backbone: str) -> None:
@@ -376,7 +379,7 @@ def read_feature(path: Path, backbone: "Backbone", tap: str) -> "torch.Tensor":
 
 def layer_weights(args, backbone: "Backbone", layers: list[str]) -> dict[str, float]:
     """λ of each layer's language model; a UserError names what does not fit."""
-    from models.losses import default_layer_weights
+    from models.objective import default_layer_weights
 
     weights = default_layer_weights(backbone.architecture)
     if not args.layers:
@@ -420,16 +423,16 @@ def read_statistics(path: Path, backbone: str) -> dict[str, dict]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the stage; 2 if one of several inputs could not be reconstructed."""
-    args = cli.parse_args(get_parser(), argv, "reconstruct")
+    args = options.parse_args(get_parser(), argv, "reconstruct")
     from models.checkpoints import load_vlm
 
     checkpoint = args.vlm or args.root / "vlm.safetensors"
     vlm, configuration = load_vlm(checkpoint)
     sources, problems = list_sources(args, configuration)
     resolve_defaults(args, configuration["backbone"])
-    device = cli.pick_device(args.device)
-    cli.announce(args, device)
-    backbone, weights = cli.load_backbone(args, configuration["backbone"], [args.target], device)
+    device = networks.pick_device(args.device)
+    program.announce(args, device)
+    backbone, weights = networks.load_backbone(args, configuration["backbone"], [args.target], device)
     statistics = read_all_statistics(args, vlm, configuration["backbone"])
     regularizer = REGULARIZERS[args.regularizer]
     facts = {
@@ -455,7 +458,7 @@ def main(argv: list[str] | None = None) -> int:
             with artefacts.claim(out):
                 reconstruct(args, source, out, backbone, reader, statistics, facts)
         except Exception as error:
-            line = cli.explanation(error)
+            line = program.explanation(error)
             if line is None or len(sources) == 1 or isinstance(error, artefacts.NoRoomError):
                 raise
             failed += 1
@@ -481,7 +484,7 @@ def reconstruct(
     facts: artefacts.Facts,
 ) -> None:
     """All restarts of one input, and what they leave in `out`; nothing where that is finished."""
-    from models.losses import ReconstructionLoss
+    from models.objective import ReconstructionLoss
 
     target, rgb, digest = read_source(source, backbone, args.target)
     facts = {"input": source.name, "input_sha256": digest, **facts}
@@ -511,7 +514,7 @@ def reconstruct(
         restarts.append(restart)
         try:
             restart.run(args.snapshot_every)
-        except (KeyboardInterrupt, cli.Terminated):
+        except (KeyboardInterrupt, Terminated):
             if any(r.curves for r in restarts):
                 save(out, [r for r in restarts if r.curves], rgb)
             raise
@@ -542,7 +545,7 @@ def finish(out: Path, restarts: list[Restart], facts: artefacts.Facts) -> None:
     result = best.backbone.to_rgb(best.pixels.detach())[0].permute(1, 2, 0).cpu().numpy()
     artefacts.write_array(out / "reconstruction.npy", result)
     last = {"best_restart": best.number, "losses": best.curves[-1]}
-    artefacts.write_json(out / "parameters.json", {**facts, **last, "versions": cli.versions()})
+    artefacts.write_json(out / "parameters.json", {**facts, **last, "versions": program.versions()})
     described = {"shape": list(result.shape), "dtype": str(result.dtype), **facts, **last}
     artefacts.write_json(artefacts.sidecar_path(out / "reconstruction.npy"), described)
     for restart in restarts:
@@ -552,4 +555,4 @@ def finish(out: Path, restarts: list[Restart], facts: artefacts.Facts) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(program.run(main))

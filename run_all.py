@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from models.errors import UserError
-from pipeline import artefacts, cli
+from pipeline import artefacts, options, program
 from pipeline.presets import PRESETS
 
 STAGES = ("prepare_images", "extract_features", "train_vlm", "reconstruct", "saliency")
@@ -145,26 +145,28 @@ def figure(args: argparse.Namespace) -> Path:
     return path
 
 
-def get_parser() -> cli.Parser:
+def get_parser() -> options.Parser:
     """Options of this script."""
-    parser = cli.stage_parser(__doc__)
+    parser = options.stage_parser(__doc__)
     parser.set_defaults(preset="demo")
-    cli.add_weights_options(parser)
+    options.add_weights_options(parser)
     parser.add_argument("--source", help="training images, as for prepare_images.py (preset demo: sample photos)")
-    parser.add_argument("--num-images", type=cli.positive, help="a random subset of the source")
+    parser.add_argument("--num-images", type=options.positive, help="a random subset of the source")
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to extract and train (default: six)")
-    parser.add_argument("--iterations", type=cli.positive, help="training updates (default: the preset's)")
-    parser.add_argument("--reconstruction-iterations", type=cli.positive, help="(default: the preset's)")
-    parser.add_argument("--image", type=cli.readable_file, help="photo for stages 4 and 5 (default: a sample photo)")
+    parser.add_argument("--iterations", type=options.positive, help="training updates (default: the preset's)")
+    parser.add_argument("--reconstruction-iterations", type=options.positive, help="(default: the preset's)")
+    parser.add_argument(
+        "--image", type=options.readable_file, help="photo for stages 4 and 5 (default: a sample photo)"
+    )
     parser.add_argument(
         "--from", dest="first", type=stage_name, default="prepare_images", help="first stage, 1-5 or name"
     )
     parser.add_argument("--to", dest="last", type=stage_name, default="saliency", help="last stage, 1-5 or name")
     parser.add_argument(
-        "--gflops", type=cli.positive_number, default=80.0, help="of each process, for --dry-run (default: 80)"
+        "--gflops", type=options.positive_number, default=80.0, help="of each process, for --dry-run (default: 80)"
     )
     parser.add_argument(
-        "--processes", type=cli.positive, default=1, help="that torchrun is to start, in all, for --dry-run"
+        "--processes", type=options.positive, default=1, help="that torchrun is to start, in all, for --dry-run"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan with every value and its source, do nothing"
@@ -198,4 +200,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(program.run(main))

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from models.errors import UserError
-from pipeline import artefacts, cli
+from pipeline import artefacts, networks, options, program
+from pipeline.progress import Progress
 
 PRETRAINED = Path(__file__).parent / "models" / "pretrained"
 RECONSTRUCTION = PRETRAINED / "alexnet.safetensors"
@@ -41,7 +42,7 @@ def deepest_target(args, backbone_name: str) -> tuple[str, str, str]:
 
     architecture = ARCHITECTURES[backbone_name]
     if args.weights == "auto" and has_full_weights(architecture, args.cache):
-        from models.downloads import cache_folder
+        from models.weights.downloads import cache_folder
 
         path = (args.cache or cache_folder()) / FILES[backbone_name].name
         return "fc8", str(path), f"the complete {backbone_name} lies in the cache"
@@ -60,19 +61,19 @@ def unnaturalness_maps(args, image: Path, checkpoint: Path, out: Path) -> dict[s
     from matplotlib import colormaps
 
     from models.checkpoints import load_vlm
-    from models.saliency import unnaturalness_map
+    from models.unnaturalness import unnaturalness_map
     from pipeline.figures import HEAT
     from pipeline.images import limit_side, read_rgb, write_png
 
     vlm, configuration = load_vlm(checkpoint)
     name = configuration["backbone"]
-    device = cli.pick_device(args.device)
+    device = networks.pick_device(args.device)
     weights = args.weights if name == args.backbone else "auto"
-    backbone, _ = cli.load_backbone(cli.replace(args, weights=weights), name, list(vlm.layers), device)
+    backbone, _ = networks.load_backbone(options.replace(args, weights=weights), name, list(vlm.layers), device)
     vlm = vlm.freeze().to(device)
     rgb = limit_side(read_rgb(image), args.max_side)
     maps = {}
-    with cli.Progress(len(vlm.layers), f"unnaturalness of {name}", "layers") as progress:
+    with Progress(len(vlm.layers), f"unnaturalness of {name}", "layers") as progress:
         for layer in vlm.layers:
             raw = unnaturalness_map(backbone, vlm, rgb, layer)
             artefacts.write_array(out / f"{name}-{layer}.npy", raw)
@@ -99,15 +100,17 @@ def fc8_statistics(args, weights: str, backbone: str, target: str, root: Path) -
     return ["--statistics", str(root / "features" / "projection.safetensors")]
 
 
-def get_parser() -> cli.Parser:
+def get_parser() -> options.Parser:
     """Options of this script."""
-    parser = cli.stage_parser(__doc__, workspace=False)
-    cli.add_weights_options(parser)
-    parser.add_argument("image", metavar="IMAGE", nargs="?", type=cli.readable_file, help="(default: a sample photo)")
-    parser.add_argument("--out", type=cli.writable_folder, help="folder (default: out/pretrained)")
+    parser = options.stage_parser(__doc__, workspace=False)
+    options.add_weights_options(parser)
+    parser.add_argument(
+        "image", metavar="IMAGE", nargs="?", type=options.readable_file, help="(default: a sample photo)"
+    )
+    parser.add_argument("--out", type=options.writable_folder, help="folder (default: out/pretrained)")
     parser.add_argument("--figures", action="store_true", help="make all pictures of the README instead (10 minutes)")
-    parser.add_argument("--iterations", type=cli.positive, default=400, help="of each reconstruction (paper: 1000)")
-    parser.add_argument("--max-side", type=cli.positive, default=1024, help="shrink larger images for the maps")
+    parser.add_argument("--iterations", type=options.positive, default=400, help="of each reconstruction (paper: 1000)")
+    parser.add_argument("--max-side", type=options.positive, default=1024, help="shrink larger images for the maps")
     return parser
 
 
@@ -115,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     """Make the maps, the reconstructions and the figure, or all pictures of the README."""
     started = time.monotonic()
     args = get_parser().parse_args(argv)
-    args.backbone = cli.checkpoint_backbone(RECONSTRUCTION)
+    args.backbone = networks.checkpoint_backbone(RECONSTRUCTION)
     if args.figures:
         pictures = readme_figures(args)
     else:
@@ -194,7 +197,7 @@ def readme_figures(args) -> list[Path]:
     paths = [folder / f"{name}.png" for name in ("figure", "saliency", "reconstruction")]
     print(f"{', '.join(map(str, paths))}, from the checkpoints in {PRETRAINED}", flush=True)
     saliency_picture(args, [photos[name] for name in SALIENCY_PHOTOS], paths[1])
-    made = paper_figure(cli.replace(args, out=work), FIGURE_DPI)
+    made = paper_figure(options.replace(args, out=work), FIGURE_DPI)
     if made != paths[0]:
         artefacts.write_bytes(paths[0], made.read_bytes())
     reconstruction_picture(args, [photos[name] for name in RECONSTRUCTED_PHOTOS], work, paths[2])
@@ -204,20 +207,20 @@ def readme_figures(args) -> list[Path]:
 def saliency_picture(args, photos: list[Path], path: Path) -> None:
     """Photos, their unnaturalness and saliency maps, and the same of a language model that predicts nothing."""
     from models.checkpoints import load_vlm
-    from models.saliency import postprocess, unnaturalness_map
+    from models.unnaturalness import postprocess, unnaturalness_map
     from models.vlm import DIRECTIONS, predict_nothing
     from pipeline.figures import overlay, picture_grid
     from pipeline.images import limit_side, read_rgb
 
     vlm, configuration = load_vlm(SALIENCY)
     name, layer = configuration["backbone"], list(vlm.layers)[-1]
-    device = cli.pick_device(args.device)
+    device = networks.pick_device(args.device)
     weights = args.weights if name == args.backbone else "auto"
-    backbone, _ = cli.load_backbone(cli.replace(args, weights=weights), name, [layer], device)
+    backbone, _ = networks.load_backbone(options.replace(args, weights=weights), name, [layer], device)
     vlm = vlm.freeze().to(device)
     columns = {"language model": None, "predict nothing": dict.fromkeys(DIRECTIONS, predict_nothing)}
     rows = []
-    with cli.Progress(len(photos), "saliency", "photos") as progress:
+    with Progress(len(photos), "saliency", "photos") as progress:
         for photo in photos:
             rgb = limit_side(read_rgb(photo), SALIENCY_SIDE)
             row = {f"{name} {layer}": rgb}
@@ -260,4 +263,4 @@ def reconstruction_picture(args, photos: list[Path], work: Path, path: Path) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(program.run(main))

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.errors import UserError
-from pipeline import artefacts, cli, distributed
+from pipeline import artefacts, distributed, networks, options, program
+from pipeline.progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -56,19 +57,19 @@ def saliency_map(
     Raises:
         UserError: the image is too small for a layer.
     """
-    from models import saliency
+    from models import unnaturalness
 
     original = postprocess == "original"
-    finish = saliency.postprocess_original if original else saliency.postprocess
+    finish = unnaturalness.postprocess_original if original else unnaturalness.postprocess
     raws, maps = {}, []
     for view in views:
-        raw = saliency.unnaturalness_map(view.backbone, view.vlm, rgb, view.layer)
+        raw = unnaturalness.unnaturalness_map(view.backbone, view.vlm, rgb, view.layer)
         stride = view.backbone.architecture.stride(view.layer)
         maps.append(finish(raw, *rgb.shape[:2], stride, power, blur))
         raws[view.name] = raw
     if len(maps) == 1:
         return maps[0], raws
-    total = saliency.added(maps)
+    total = unnaturalness.added(maps)
     return (total * 255).astype(np.uint8) if original else total, raws
 
 
@@ -86,18 +87,18 @@ def write_maps(
     write_png(out / f"{name}-overlay.png", overlay(rgb, unit))
     stored = saliency if saliency.dtype == np.uint8 else saliency.astype(np.float32)
     artefacts.write_array(out / f"{name}.npy", stored)
-    described = {"shape": list(stored.shape), "dtype": str(stored.dtype), **facts, "versions": cli.versions()}
+    described = {"shape": list(stored.shape), "dtype": str(stored.dtype), **facts, "versions": program.versions()}
     artefacts.write_json(artefacts.sidecar_path(out / f"{name}.npy"), described)
 
 
-def get_parser() -> cli.Parser:
+def get_parser() -> options.Parser:
     """Options of this stage."""
-    parser = cli.stage_parser(__doc__)
-    cli.add_weights_options(parser)
+    parser = options.stage_parser(__doc__)
+    options.add_weights_options(parser)
     parser.add_argument("inputs", nargs="+", metavar="IMAGE|FOLDER", help="images of any size, or folders of them")
     parser.add_argument(
         "--vlm",
-        type=cli.readable_file,
+        type=options.readable_file,
         nargs="+",
         help="checkpoint (default: ROOT/vlm.safetensors); the maps of several are scaled to 0…1 and added: vgg16 with "
         "alexnet gained .006 AUC, .001 sAUC, .01 NSS on 50 OSIE images over vgg16 alone (paper: one network)",
@@ -107,9 +108,9 @@ def get_parser() -> cli.Parser:
         nargs="+",
         help="layer whose map is used, several are added (default: the deepest trained; paper: conv5_4 of VGG-19)",
     )
-    parser.add_argument("--max-side", type=cli.positive, help="shrink larger images to this side, to save memory")
-    cli.add_postprocess_options(parser)
-    parser.add_argument("--out", type=cli.writable_folder, help="folder (default: ROOT/saliency)")
+    parser.add_argument("--max-side", type=options.positive, help="shrink larger images to this side, to save memory")
+    options.add_postprocess_options(parser)
+    parser.add_argument("--out", type=options.writable_folder, help="folder (default: ROOT/saliency)")
     return parser
 
 
@@ -133,8 +134,8 @@ def process(args, name: str, path: Path, views: list[View], out: Path, facts: di
 
 def main(argv: list[str] | None = None) -> int:
     """Run the stage; 2 if any image could not be read."""
-    args = cli.parse_args(get_parser(), argv, "saliency")
-    device = cli.pick_device(args.device)
+    args = options.parse_args(get_parser(), argv, "saliency")
+    device = networks.pick_device(args.device)
     out = args.out or args.root / "saliency"
     with distributed.group(device), artefacts.claim(out):
         return compute(args, out, device)
@@ -142,21 +143,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def load_views(args, device: "torch.device") -> tuple[list[View], artefacts.Facts]:
     """All maps that are to be added, and the facts that determine them, each under the map's name."""
+    from evaluation.map_sources import choose_layers
     from models.checkpoints import load_vlm
-    from pipeline.map_sources import choose_layers
 
     checkpoints = args.vlm or [args.root / "vlm.safetensors"]
     loaded = {path: load_vlm(path) for path in dict.fromkeys(checkpoints)}
     chosen = choose_layers({path: vlm.layers for path, (vlm, _) in loaded.items()}, args.layer)
-    cli.announce(args, device)
+    program.announce(args, device)
     views, facts = [], {}
     for path, (vlm, configuration) in loaded.items():
         name, layers = configuration["backbone"], list(dict.fromkeys(chosen[path]))
-        backbone, weights = cli.load_backbone(args, name, layers, device)
+        backbone, weights = networks.load_backbone(args, name, layers, device)
         vlm = vlm.freeze().to(device)
         of_checkpoint = {
             "backbone": name,
-            **cli.weights_facts(backbone, weights),
+            **networks.weights_facts(backbone, weights),
             "vlm_sha256": artefacts.file_sha256(path),
         }
         for layer in layers:
@@ -185,17 +186,17 @@ def compute(args, out: Path, device: "torch.device") -> int:
         failed += len(problems)
         for problem in problems:
             print(f"saliency.py: {problem}", file=sys.stderr)
-    with cli.Progress(len(mine), "saliency", "images") as progress:
+    with Progress(len(mine), "saliency", "images") as progress:
         for name, path in mine:
             try:
                 progress.update(note=f"{name} {process(args, name, path, views, out, facts)}")
             except artefacts.NoRoomError:
                 raise
             except Exception as error:
-                if (line := cli.explanation(error)) is None:
+                if (line := program.explanation(error)) is None:
                     raise
                 failed += 1
-                where = cli.printable(str(path))
+                where = program.printable(str(path))
                 print(f"saliency.py: {'' if where in line else f'{where}: '}{line}", file=sys.stderr)
     failed = round(distributed.total(failed))
     done, made = len(files) + len(problems) - failed, " + ".join(view.name for view in views)
@@ -204,4 +205,4 @@ def compute(args, out: Path, device: "torch.device") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(program.run(main))

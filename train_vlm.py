@@ -30,12 +30,13 @@ import numpy as np
 
 from models.errors import UserError
 from models.randomness import seed_for, split_images
-from pipeline import artefacts, cli, distributed
+from pipeline import artefacts, distributed, networks, options, program
+from pipeline.progress import Progress, SafePoints
 
 if TYPE_CHECKING:
     import torch
 
-    from models.optimizer import MomentumSGD
+    from models.descent import MomentumSGD
     from models.vlm import LayerModel, VisualLanguageModel
 
 PAPER_LAYERS = 6  # layers that the paper trains jointly, over which its loss is the mean
@@ -187,7 +188,7 @@ class Run:
         precision: str = "float32",
         first_iteration: int = 0,
     ):
-        from models.optimizer import MomentumSGD
+        from models.descent import MomentumSGD
 
         self.root, self.out, self.features, self.schedule = root, out, features, schedule
         self.device, self.precision = device, precision
@@ -294,8 +295,8 @@ class Run:
         """
         schedule = self.schedule
         interval_start, interval_first = time.monotonic(), self.iteration
-        progress = cli.Progress(schedule.iterations, f"training {' '.join(self.names)}", "it", self.iteration)
-        with progress, cli.SafePoints() as signals:
+        progress = Progress(schedule.iterations, f"training {' '.join(self.names)}", "it", self.iteration)
+        with progress, SafePoints() as signals:
             while self.iteration < schedule.iterations:
                 losses = self.step()
                 progress.update(note=f"loss {sum(losses.values()) / len(losses):.4f}")
@@ -412,7 +413,7 @@ def merge_checkpoint(
     configuration = {**configuration, "training": {name: training[name] for name in layers}, "layers": layers}
     artefacts.write_tensors(out, tensors, configuration)
     loss_curves(log, picture)
-    described = {**configuration, "sha256": artefacts.file_sha256(out), "versions": cli.versions()}
+    described = {**configuration, "sha256": artefacts.file_sha256(out), "versions": program.versions()}
     artefacts.write_json(artefacts.sidecar_path(out), described)
 
 
@@ -516,11 +517,11 @@ def check_features(path: Path, features: np.ndarray, views: artefacts.Facts, com
         )
 
 
-def get_parser() -> cli.Parser:
+def get_parser() -> options.Parser:
     """Options of this stage."""
-    parser = cli.stage_parser(__doc__)
-    parser.add_argument("--features", type=cli.folder, help="folder of stage 2 (default: ROOT/features)")
-    parser.add_argument("--out", type=cli.writable_file, help="checkpoint to write (default: ROOT/vlm.safetensors)")
+    parser = options.stage_parser(__doc__)
+    parser.add_argument("--features", type=options.folder, help="folder of stage 2 (default: ROOT/features)")
+    parser.add_argument("--out", type=options.writable_file, help="checkpoint to write (default: ROOT/vlm.safetensors)")
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to train now (default: all extracted)")
     parser.add_argument(
         "--merge",
@@ -530,67 +531,69 @@ def get_parser() -> cli.Parser:
         help="train nothing: add the layers of checkpoints that were trained elsewhere on the same projection",
     )
     parser.add_argument(
-        "--export", type=cli.writable_file, metavar="FILE", help="train nothing: write the checkpoint as float16"
+        "--export", type=options.writable_file, metavar="FILE", help="train nothing: write the checkpoint as float16"
     )
     parser.add_argument(
         "--init",
-        type=cli.readable_file,
+        type=options.readable_file,
         metavar="FILE",
         help="checkpoint whose weights the training starts from (paper: N(0, 0.01²))",
     )
     parser.add_argument(
         "--from-iteration",
-        type=cli.natural,
+        type=options.natural,
         default=0,
         help="with --init: the place in the schedule where its weights stand; the momentum begins at zero",
     )
-    parser.add_argument("--iterations", type=cli.positive, default=20_001, help="updates (original code: 20001)")
-    parser.add_argument("--batch-size", type=cli.positive, default=16, help="images (paper: 16 AlexNet, 1 VGG)")
+    parser.add_argument("--iterations", type=options.positive, default=20_001, help="updates (original code: 20001)")
+    parser.add_argument("--batch-size", type=options.positive, default=16, help="images (paper: 16 AlexNet, 1 VGG)")
     parser.add_argument(
         "--learning-rate",
-        type=cli.positive_number,
+        type=options.positive_number,
         help="of the mean loss over the layers of this run (default: the paper's trajectory, 10 for AlexNet and 20 "
         "for VGG over six layers, scaled by layers/6 for fewer)",
     )
-    parser.add_argument("--momentum", type=cli.fraction, default=0.9, help="paper: 0.9")
+    parser.add_argument("--momentum", type=options.fraction, default=0.9, help="paper: 0.9")
     parser.add_argument(
         "--decay-at",
-        type=cli.positive,
+        type=options.positive,
         nargs="*",
         help="updates after which the learning rate falls and the momentum is reset "
         "(default: quarters of the run; paper: 5000 10000 15000)",
     )
-    parser.add_argument("--decay-factor", type=cli.positive_number, default=0.1, help="paper: 0.1")
-    parser.add_argument("--held-out", type=cli.natural, default=50, help="images for the validation loss (paper: none)")
+    parser.add_argument("--decay-factor", type=options.positive_number, default=0.1, help="paper: 0.1")
+    parser.add_argument(
+        "--held-out", type=options.natural, default=50, help="images for the validation loss (paper: none)"
+    )
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
         default="float32",
         help="bfloat16: mixed precision, for CUDA and CPUs that have it (paper: float32)",
     )
-    parser.add_argument("--log-every", type=cli.positive, default=100, help="updates between log lines")
-    parser.add_argument("--checkpoint-every", type=cli.positive, default=1000, help="original code: 1000")
+    parser.add_argument("--log-every", type=options.positive, default=100, help="updates between log lines")
+    parser.add_argument("--checkpoint-every", type=options.positive, default=1000, help="original code: 1000")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
-    args = cli.parse_args(get_parser(), argv, "train_vlm")
+    args = options.parse_args(get_parser(), argv, "train_vlm")
     args.out = args.out or args.root / "vlm.safetensors"
     if args.merge:
-        cli.announce(args)
+        program.announce(args)
         with artefacts.claim(args.out):
             merge_files(args.merge, args.out, args.root, args.overwrite)
         return
     if args.export:
-        cli.announce(args)
+        program.announce(args)
         export(args.out, args.export)
         return
     if args.from_iteration and not args.init:
         raise UserError("--from-iteration tells where the weights of --init stand: give both, or neither")
     if args.from_iteration >= args.iterations:
         raise UserError(f"--from-iteration {args.from_iteration} leaves nothing of --iterations {args.iterations}")
-    device = cli.pick_device(args.device)
+    device = networks.pick_device(args.device)
     with distributed.group(device):
         features, tensors, facts = open_features(args.features or args.root / "features", args.layers)
         with artefacts.claim(*(args.root / "train_state" / name for name in features)):
@@ -611,7 +614,7 @@ def train(args, features: dict[str, np.ndarray], tensors: dict, facts: dict, dev
         args.decay_factor,
         args.seed,
     )
-    cli.announce(args, device)
+    program.announce(args, device)
     check_precision(args.precision, device)
     vlm, configuration = build_model(tensors, list(features), args.seed), describe_inputs(facts, features)
     if args.init:
@@ -731,4 +734,4 @@ def describe_inputs(facts: dict, features: dict[str, np.ndarray]) -> artefacts.F
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(program.run(main))

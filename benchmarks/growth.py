@@ -12,7 +12,7 @@ import train_vlm
 from benchmarks import training
 from benchmarks.networks import make_backbone, make_projection
 from benchmarks.timing import SEED, Figure, Report, Setup, exponent, seconds
-from models.saliency import BLUR, postprocess, unnaturalness_map
+from models.unnaturalness import BLUR, postprocess, unnaturalness_map
 from models.vlm import VisualLanguageModel
 from pipeline import plan
 

@@ -6,8 +6,8 @@ import reconstruct
 from benchmarks.networks import make_backbone, make_projection
 from benchmarks.timing import SEED, Figure, Report, Setup, ratio, seconds
 from models.backbones import Backbone
-from models.losses import ReconstructionLoss, default_layer_weights
-from models.optimizer import MomentumSGD
+from models.descent import MomentumSGD
+from models.objective import ReconstructionLoss, default_layer_weights
 from models.vlm import VisualLanguageModel
 
 GOAL = 1.15

@@ -25,21 +25,24 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).parent.parent)
 
-from pipeline import artefacts, cli, score_tables  # noqa: E402
+from evaluation import tables  # noqa: E402
+from pipeline import artefacts, networks, options, program  # noqa: E402
 
 PARTS = ("training", "extraction", "memory", "reconstruction", "startup", "growth")
 HEAD = ("figure", "median", "min", "max", "goal", "", "note")
 
 
-def get_parser() -> cli.Parser:
+def get_parser() -> options.Parser:
     """Options of this script."""
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help=", ".join(PARTS))
-    parser.add_argument("--repeats", type=cli.positive, default=5, help="rounds that count, after a first (default: 5)")
-    parser.add_argument("--threads", type=cli.positive, help="of torch (default: as many as it takes by itself)")
-    parser.add_argument("--device", choices=cli.DEVICES, default="auto", help="auto takes cuda, then mps, then cpu")
     parser.add_argument(
-        "--out", type=cli.writable_folder, default=Path("out/benchmarks"), help="folder (default: out/benchmarks)"
+        "--repeats", type=options.positive, default=5, help="rounds that count, after a first (default: 5)"
+    )
+    parser.add_argument("--threads", type=options.positive, help="of torch (default: as many as it takes by itself)")
+    parser.add_argument("--device", choices=options.DEVICES, default="auto", help="auto takes cuda, then mps, then cpu")
+    parser.add_argument(
+        "--out", type=options.writable_folder, default=Path("out/benchmarks"), help="folder (default: out/benchmarks)"
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that all of it runs, measures nothing")
     return parser
@@ -68,7 +71,7 @@ def write(out: Path, results: dict[str, Any], lines: list[list[str]]) -> str:
     table = (
         f"{about['device']}, {about['threads']} threads of {about['cores']} cores of {about['processor']}; load before "
         f"{about['load_before']}; {results['arguments']['repeats']} rounds; torch {results['versions']['torch']}\n\n"
-        f"{score_tables.table(HEAD, lines)}\n"
+        f"{tables.table(HEAD, lines)}\n"
     )
     artefacts.write_json(out / "benchmarks.json", results)
     artefacts.write_text(out / "benchmarks.md", table)
@@ -78,8 +81,8 @@ def write(out: Path, results: dict[str, Any], lines: list[list[str]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Measure the parts asked for; what is done is on disk after each."""
     args = get_parser().parse_args(argv)
-    device = cli.pick_device(args.device)
-    cli.announce(args, device)
+    device = networks.pick_device(args.device)
+    program.announce(args, device)
     import torch
 
     from benchmarks.timing import Setup
@@ -87,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     results: dict[str, Any] = {
-        "versions": cli.versions(),
+        "versions": program.versions(),
         "machine": machine(torch.get_num_threads(), device),
         "arguments": {"repeats": args.repeats, "quick": args.quick},
         "parts": {},
@@ -109,4 +112,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(program.run(main))

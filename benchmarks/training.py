@@ -10,7 +10,7 @@ import train_vlm
 from benchmarks import direct
 from benchmarks.timing import SEED, Figure, MatrixProduct, Report, Setup, ratio, seconds
 from models.backbones import ARCHITECTURES
-from models.optimizer import MomentumSGD
+from models.descent import MomentumSGD
 from models.vlm import LayerModel, layer_loss
 from pipeline import plan
 

@@ -24,7 +24,7 @@ class Regularizer:
     Attributes:
         vlm: whether language models are part of it.
         relative: the feature's error is |φ(x) - φ₀|²/|φ₀|², not the mean of ((φ(x) - φ₀)/σ)².
-        penalties: λ by name of the terms in `models.losses.PENALTIES`; None depends on the tap, see `penalties_for`.
+        penalties: λ by name of the terms in `models.objective.PENALTIES`; None depends on the tap, see `penalties_for`.
         start: "data", noise like the `data` layer; "norm", noise of norm `IMAGE_NORM`; "zero", the mean colour.
         learning_rate: None for what is measured for the tap.
         decay_at: fractions of the run at which the rate falls to a tenth and the momentum to zero.

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from models.errors import UserError
 from pipeline import artefacts
-from pipeline.cli import printable
+from pipeline.program import printable
 
 STORED_SIZE = 256  # side of the training images (paper's code)
 MOST_BYTES = 1 << 30  # of an image file, more than any within Pillow's limit of pixels needs

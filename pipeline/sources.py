@@ -18,9 +18,9 @@ import numpy as np
 from models.errors import UserError
 from models.randomness import seed_for
 from pipeline import tars
-from pipeline.cli import printable
 from pipeline.images import MOST_BYTES, check_bytes, read_rgb
 from pipeline.presets import SAMPLES
+from pipeline.program import printable
 
 SAMPLE_PHOTOS = {  # package -> files inside it
     "sklearn": ("datasets/images/china.jpg", "datasets/images/flower.jpg"),

@@ -27,10 +27,12 @@ import torch  # not to be instrumented
 with atheris.instrument_imports(include=["models", "pipeline", "numpy.lib", "reconstruct", "train_vlm"]):
     import reconstruct
     import train_vlm
-    from models import caffe, checkpoints, weights
+    from evaluation import fixations
+    from models import checkpoints, weights
     from models.backbones import ARCHITECTURES
     from models.errors import UserError
-    from pipeline import artefacts, fixations
+    from models.weights import caffe
+    from pipeline import artefacts
 
 from tests.test_caffe import VALUES, blob, network, official_network
 from tests.test_checkpoints import (

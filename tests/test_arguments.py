@@ -26,12 +26,14 @@ from PIL import Image
 
 import reconstruct
 import run_pretrained_model
-from models import classifier, picture_metrics, weights
+from evaluation import classifier, picture_metrics
+from models import weights
 from models.backbones import ARCHITECTURES, random_parameters
 from models.checkpoints import load_vlm
 from models.errors import UserError
-from pipeline import artefacts, cli, figures
+from pipeline import artefacts, figures, options, program
 from pipeline.presets import PRESETS, Setting
+from pipeline.progress import Progress
 from tests.conftest import make_photo
 from tests.test_weights import TINY
 
@@ -116,9 +118,9 @@ def limits() -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     handler = signal.getsignal(signal.SIGTERM)
-    update, updates = cli.Progress.update, itertools.count()
+    update, updates = Progress.update, itertools.count()
 
-    def interrupted(self: cli.Progress, *arguments: object, **options: object) -> None:
+    def interrupted(self: Progress, *arguments: object, **options: object) -> None:
         update(self, *arguments, **options)
         if next(updates) > LONG:
             raise KeyboardInterrupt
@@ -126,7 +128,7 @@ def limits() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, before[1]))
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cli.Progress, "update", interrupted)
+            patch.setattr(Progress, "update", interrupted)
             patch.setattr(figures, "save_figure", lambda *_: None)  # drawing takes most of the time
             yield
     finally:
@@ -140,7 +142,7 @@ def outcome(script: str, argv: list[str], capsys: pytest.CaptureFixture) -> tupl
     module, *command = script.split()
     try:
         with limits():
-            code = cli.run(lambda: importlib.import_module(module).main([*command, *argv]))
+            code = program.run(lambda: importlib.import_module(module).main([*command, *argv]))
     except SystemExit as exit:
         code = exit.code
     return code, capsys.readouterr().err
@@ -225,7 +227,7 @@ def is_path(action: argparse.Action) -> bool:
 
 
 def is_written(action: argparse.Action) -> bool:
-    return action.dest in WRITTEN or action.type in (cli.writable_file, cli.writable_folder)
+    return action.dest in WRITTEN or action.type in (options.writable_file, options.writable_folder)
 
 
 @contextmanager
@@ -260,8 +262,8 @@ def test_no_permission_is_one_line(script: str, locked: Path, capsys: pytest.Cap
     check(script, base_command(script, locked), capsys, (0,))  # it works, and has imported all it needs
     paths = filter(is_path, options_of(script))
     # what is written comes last: it may replace a locked file by a readable one
-    for action in sorted(paths, key=lambda action: action.type is cli.writable_file):
-        allowed = (0, 2) if action.dest == "cache" or action.type is cli.writable_file else (2,)
+    for action in sorted(paths, key=lambda action: action.type is options.writable_file):
+        allowed = (0, 2) if action.dest == "cache" or action.type is options.writable_file else (2,)
         for name in ("locked", "locked.png", "locked/below"):
             with unprivileged():
                 check(script, with_value(base_command(script, locked), action, str(locked / name)), capsys, allowed)
@@ -344,10 +346,10 @@ def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     errors = [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), ZeroDivisionError()]
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     for error in errors[:2]:
-        assert cli.run(raising(error)) == 2
+        assert program.run(raising(error)) == 2
         assert "does not fit into memory" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):
-        cli.run(raising(errors[2]))
+        program.run(raising(errors[2]))
 
 
 def raising(error: Exception):

@@ -21,7 +21,7 @@ import saliency
 import train_vlm
 from models.backbones import ARCHITECTURES
 from models.errors import UserError
-from pipeline import artefacts, cli, figures
+from pipeline import artefacts, figures, program
 from pipeline.images import write_png
 from tests.conftest import make_photo
 from tests.test_weights import TINY
@@ -51,7 +51,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ARCHITECTURES, "tiny", TINY)
         patch.setattr(figures, "save_figure", lambda *_: None)  # drawing takes most of the time
-        patch.setattr(cli, "code_version", lambda: "tested")
+        patch.setattr(program, "code_version", lambda: "tested")
         for stage in (prepare_images, extract_features, train_vlm, saliency, reconstruct):
             assert not stage.main(command(stage, root))
         yield root
@@ -200,7 +200,7 @@ def spoil(sidecar: Path, how: bytes | Callable[[dict], Any]) -> None:
 def refusal(stage: Any, argv: list[str], capsys: pytest.CaptureFixture) -> str:
     """The one line of a stage that ends with exit code 2."""
     capsys.readouterr()
-    code = cli.run(lambda: stage.main(argv))
+    code = program.run(lambda: stage.main(argv))
     lines = capsys.readouterr().err.splitlines()
     assert code == 2 and len(lines) == 1 and len(lines[0]) < 1500 and lines[0].isprintable(), (code, lines)
     return lines[0]
@@ -280,7 +280,7 @@ def test_spoiled_sidecar_of_a_checkpoint_is_written_again(how: str, root: Path, 
     sidecar = root / "vlm.safetensors.json"
     facts = json.loads(sidecar.read_text())
     spoil(sidecar, SPOILED_SIDECARS[how])
-    code = cli.run(lambda: train_vlm.main(command(train_vlm, root)))
+    code = program.run(lambda: train_vlm.main(command(train_vlm, root)))
     assert code == 0 or len(capsys.readouterr().err.splitlines()) == 1 and code == 2
     if code == 0:
         assert json.loads(sidecar.read_text()) == facts
@@ -341,7 +341,7 @@ def test_spoiled_features_as_targets(
     path.write_bytes(npy(feature[0]))
     other = root / "objects.npy"
     other.write_bytes(spoiled["objects"])
-    code = cli.run(lambda: reconstruct.main([str(other), str(path), *options, "--out", str(root.parent / "both")]))
+    code = program.run(lambda: reconstruct.main([str(other), str(path), *options, "--out", str(root.parent / "both")]))
     assert code == 2 and (root.parent / "both" / "feature" / "reconstruction.png").is_file()
 
 

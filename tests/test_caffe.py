@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.caffe import match_parameters, read_binaryproto, read_caffemodel
 from models.errors import UserError
+from models.weights.caffe import match_parameters, read_binaryproto, read_caffemodel
 
 VALUES = np.arange(24, dtype=np.float32).reshape(4, 1, 3, 2) / 7
 

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FILES = ("requirements.txt", "requirements-weights.txt", "requirements-dev.txt")
 IMPORTED_AS = {"scikit-learn": "sklearn", "scikit-image": "skimage", "pillow": "PIL"}
-OWN = {"models", "pipeline", "tests", "benchmarks"} | {path.stem for path in ROOT.glob("*.py")}
+OWN = {"models", "pipeline", "evaluation", "tests", "benchmarks"} | {path.stem for path in ROOT.glob("*.py")}
 
 
 def required(name: str) -> list[str]:
@@ -34,7 +34,10 @@ def test_every_required_package_is_listed_with_a_reason() -> None:
 def test_every_import_is_required() -> None:
     """Of what is not Python's own or this project's; the fuzzer's and the optional ones of tests are left out."""
     there = {IMPORTED_AS.get(name, name) for name in required("requirements.txt")} | {"urllib3"}  # of requests
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("pipeline/*.py")):
+    for path in (
+        *ROOT.glob("*.py"),
+        *(p for wing in ("models", "pipeline", "evaluation") for p in (ROOT / wing).rglob("*.py")),
+    ):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models import downloads
-from models.downloads import RemoteFile, cache_folder, cached, fetch
 from models.errors import UserError
+from models.weights import downloads
+from models.weights.downloads import RemoteFile, cache_folder, cached, fetch
 
 ROOT = Path(__file__).parent.parent
 DEAD = "http://127.0.0.1:9"  # a proxy that is not there
@@ -493,18 +493,18 @@ def test_command_without_network(tmp_path, monkeypatch, capsys):
     """A whole stage: one line and exit code 2."""
     import saliency  # here, as the processes below import this module and need no torch
     from models import weights
-    from pipeline import cli
+    from pipeline import program
 
     for name in ("http_proxy", "https_proxy", "no_proxy"):
         monkeypatch.setenv(name, "" if name == "no_proxy" else DEAD)
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setattr(weights, "_from_package", lambda architecture: None)
-    monkeypatch.setattr(cli, "code_version", lambda: "tested")
+    monkeypatch.setattr(program, "code_version", lambda: "tested")
     Image.new("RGB", (70, 70)).save(tmp_path / "photo.png")
     vlm = ROOT / "models" / "pretrained" / "alexnet.safetensors"
     options = [tmp_path / "photo.png", "--vlm", vlm, "--layer", "conv5", "--out", tmp_path / "out"]
     argv = [*map(str, options), "--device", "cpu", "--cache", str(tmp_path / "cache")]
-    code, lines = cli.run(lambda: saliency.main(argv)), capsys.readouterr().err.splitlines()
+    code, lines = program.run(lambda: saliency.main(argv)), capsys.readouterr().err.splitlines()
     assert code == 2 and len(lines) == 1, lines
     assert "alexnet-owt-7be5be79.pth could not be downloaded (download.pytorch.org: no connection" in lines[0]
     assert "--weights FILE" in lines[0]

@@ -12,16 +12,15 @@ from safetensors.torch import save_file
 
 import evaluate
 import saliency
-from models import fixation_metrics
+from evaluation import fixation_metrics, map_sources, score_fixations
+from evaluation.datasets import DATASETS
+from evaluation.fixations import image_sizes, read_fixations
 from models.backbones import ARCHITECTURES, random_parameters
 from models.checkpoints import load_vlm
 from models.errors import UserError
-from models.saliency import postprocess, projected_features, unnaturalness_map
+from models.unnaturalness import postprocess, projected_features, unnaturalness_map
 from models.vlm import DIRECTIONS, predict_nothing
 from models.weights import load_backbone
-from pipeline import fixation_scores, map_sources
-from pipeline.fixation_datasets import DATASETS
-from pipeline.fixations import image_sizes, read_fixations
 from tests.conftest import make_photo
 
 SIZES = {"b.png": (90, 130), "a.jpg": (110, 100), "c.png": (100, 120), "d.png": (96, 96)}
@@ -85,9 +84,9 @@ def expected_scores(data: Path, image: str, values: np.ndarray) -> dict[str, flo
 
 
 def test_lists_that_save_an_import_are_right() -> None:
-    assert tuple(map_sources.BASELINES) == fixation_scores.BASELINES
-    assert tuple(DATASETS) == fixation_scores.DATASETS
-    assert fixation_scores.METRICS == fixation_metrics.METRICS
+    assert tuple(map_sources.BASELINES) == score_fixations.BASELINES
+    assert tuple(DATASETS) == score_fixations.DATASETS
+    assert score_fixations.METRICS == fixation_metrics.METRICS
 
 
 def test_table_has_every_model_and_control(finished: Path) -> None:
@@ -208,7 +207,7 @@ def test_controls_are_what_they_say(finished: Path, data: Path, workspace: Path,
 def test_maps_of_several_layers_are_added(
     data: Path, workspace: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fixation_scores, "draw_examples", lambda *a: None)
+    monkeypatch.setattr(score_fixations, "draw_examples", lambda *a: None)
     vlm = ["--vlm", str(workspace / "vlm.safetensors"), "--layer", "conv4", "conv5", "--weights", str(weights)]
     evaluate.main(options(data, tmp_path / "out", *vlm, "--add", "--limit", 2))
     saliency.main([str(data / "stimuli" / "b.png"), *vlm, "--out", str(tmp_path / "maps")])
@@ -263,7 +262,7 @@ def test_killed_evaluation_goes_on(
 ) -> None:
     vlm = ("--vlm", workspace / "vlm.safetensors", "--layer", "conv4", "conv5", "--weights", weights)
     same = options(data, tmp_path, *vlm, "--baseline", "uniform")
-    score_image = fixation_scores.score_image
+    score_image = score_fixations.score_image
     seen = []
 
     def killed_at_third(maps, fixations, number):
@@ -272,13 +271,15 @@ def test_killed_evaluation_goes_on(
             raise KeyboardInterrupt
         return score_image(maps, fixations, number)
 
-    monkeypatch.setattr(fixation_scores, "score_image", killed_at_third)
+    monkeypatch.setattr(score_fixations, "score_image", killed_at_third)
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(same)
     journal = tmp_path / "scores.partial"
     journal.write_text(journal.read_text()[:-20])  # the second image's line is cut off
     computed = []
-    monkeypatch.setattr("models.saliency.projected_features", lambda *a: computed.append(a) or projected_features(*a))
+    monkeypatch.setattr(
+        "models.unnaturalness.projected_features", lambda *a: computed.append(a) or projected_features(*a)
+    )
     evaluate.main(same)
     assert seen == [0, 1, 2, 1, 2, 3]
     assert len(computed) == 2, "the trained and the random CNN on the last image: other maps were kept"
@@ -287,12 +288,14 @@ def test_killed_evaluation_goes_on(
 
 
 def test_overwrite_starts_afresh(data: Path, workspace: Path, weights: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(fixation_scores, "draw_examples", lambda *a: None)
+    monkeypatch.setattr(score_fixations, "draw_examples", lambda *a: None)
     same = options(data, tmp_path, "--vlm", workspace / "vlm.safetensors", "--weights", weights, "--limit", 2)
     evaluate.main(same)
     (tmp_path / "summary.json").unlink()
     computed = []
-    monkeypatch.setattr("models.saliency.projected_features", lambda *a: computed.append(a) or projected_features(*a))
+    monkeypatch.setattr(
+        "models.unnaturalness.projected_features", lambda *a: computed.append(a) or projected_features(*a)
+    )
     evaluate.main(same)
     assert not computed, "all maps were kept"
     evaluate.main([*same, "--overwrite"])

@@ -15,12 +15,12 @@ from PIL import Image
 from scipy.io import savemat
 
 import evaluate
-from models.downloads import RemoteFile
+from evaluation import datasets
+from evaluation.datasets import DATASETS, obtain
+from evaluation.fixations import image_sizes, read_fixations
+from evaluation.gaze import fixation_centres
 from models.errors import UserError
-from pipeline import fixation_datasets
-from pipeline.fixation_datasets import DATASETS, obtain
-from pipeline.fixations import image_sizes, read_fixations
-from pipeline.gaze import fixation_centres
+from models.weights.downloads import RemoteFile
 
 QUICK = {"retries": 1, "timeout": 0.3, "pause": 0.001}
 
@@ -84,7 +84,7 @@ def serve(server, monkeypatch: pytest.MonkeyPatch, name: str, files: dict[str, b
         path.write_bytes(body)
         remotes.append(RemoteFile(file, (f"{server.base}/{name}/{file}",), "none", md5=hashlib.md5(body).hexdigest()))
     changed = replace(DATASETS[name], files=tuple(remotes), count=count)
-    monkeypatch.setitem(fixation_datasets.DATASETS, name, changed)
+    monkeypatch.setitem(datasets.DATASETS, name, changed)
 
 
 def toronto() -> dict[str, bytes]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.ndimage import gaussian_filter
 
-from models import fixation_metrics as metrics
+from evaluation import fixation_metrics as metrics
 
 SINGLE = {name: getattr(metrics, name) for name in ("auc", "nss", "cc", "sim", "kld")}
 

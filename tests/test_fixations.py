@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from scipy.io import loadmat, savemat
 
+from evaluation import fixations as reading
 from models.errors import UserError
-from pipeline import fixations as reading
 
 STIMULI = {"a.jpg": (60, 80), "b.png": (30, 40), "c.jpg": (10, 10)}
 HEADER = "image,subject,x,y,duration_ms\n"

@@ -28,7 +28,7 @@ from models.checkpoints import vlm_tensors, write_tensors
 from models.errors import UserError
 from models.projection import Projection
 from models.vlm import VisualLanguageModel
-from pipeline import artefacts, cli, figures
+from pipeline import artefacts, figures, program
 from pipeline.images import (
     LONGEST_NAME,
     fit_to,
@@ -389,14 +389,14 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ARCHITECTURES, "tiny", TINY)
         patch.setattr(figures, "save_figure", lambda *_: None)  # drawing takes most of the time
-        patch.setattr(cli, "code_version", lambda: "tested")
+        patch.setattr(program, "code_version", lambda: "tested")
         yield root
 
 
 def outcome(stage, arguments: list, capfd: pytest.CaptureFixture) -> tuple[int, list[str]]:
     """Exit code and lines on stderr, C libraries' included."""
     capfd.readouterr()
-    code = cli.run(lambda: stage.main([*map(str, arguments), "--device", "cpu", "--weights", "random"]))
+    code = program.run(lambda: stage.main([*map(str, arguments), "--device", "cpu", "--weights", "random"]))
     return code, capfd.readouterr().err.splitlines()
 
 

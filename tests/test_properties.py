@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models import fixation_metrics as metrics
+from evaluation import fixation_metrics as metrics
 from models.projection import Projection
-from models.saliency import postprocess
+from models.unnaturalness import postprocess
 from models.vlm import (
     DIRECTIONS,
     TRIVIAL_PREDICTORS,

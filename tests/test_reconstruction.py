@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 import reconstruct
-from models import losses
+from models import objective
 from models.backbones import ARCHITECTURES, Backbone, random_parameters
+from models.descent import MomentumSGD
 from models.errors import UserError
-from models.optimizer import MomentumSGD
 from models.regularizers import IMAGE_NORM, REGULARIZERS, Regularizer, learning_rate_for, penalties_for
 from models.vlm import VisualLanguageModel
 from tests.conftest import RUN, make_photo
@@ -34,7 +34,7 @@ def alexnet() -> Backbone:
 
 def test_total_variation_and_its_gradient_equal_plain_loops() -> None:
     x = pixels(0, 1, 3, 5, 7)
-    value = losses.total_variation(x)
+    value = objective.total_variation(x)
     value.backward()
     a = x.detach().numpy()
     expected, gradient = 0.0, np.zeros_like(a)
@@ -52,16 +52,16 @@ def test_total_variation_and_its_gradient_equal_plain_loops() -> None:
 
 
 def test_total_variation_of_known_pictures() -> None:
-    assert losses.total_variation(torch.full((1, 3, 6, 6), 40.0)) == 0
+    assert objective.total_variation(torch.full((1, 3, 6, 6), 40.0)) == 0
     ramp = torch.arange(5.0).expand(1, 1, 4, 5)  # 4 rows of 4 unit steps to the right, none down
-    assert losses.total_variation(ramp) == 16
-    assert losses.total_variation(ramp.mT) == 16
+    assert objective.total_variation(ramp) == 16
+    assert objective.total_variation(ramp.mT) == 16
 
 
 @pytest.mark.parametrize(("name", "exponent"), [("l2", 2), ("l6", 6)])
 def test_norm_penalties_and_their_gradients(name: str, exponent: int) -> None:
     x = pixels(1, 1, 3, 4, 4)
-    value = losses.penalty(name, x)
+    value = objective.penalty(name, x)
     value.backward()
     a = x.detach().numpy()
     np.testing.assert_allclose(value.item(), (a**exponent).sum() / (2 * IMAGE_NORM**2), rtol=1e-12)
@@ -70,18 +70,18 @@ def test_norm_penalties_and_their_gradients(name: str, exponent: int) -> None:
 
 def test_relative_feature_loss() -> None:
     target = torch.tensor([[3.0, 4.0]])
-    assert losses.relative_feature_loss(target, target) == 0
-    assert losses.relative_feature_loss(torch.zeros(1, 2), target) == 1
-    assert losses.relative_feature_loss(torch.tensor([[3.0, 9.0]]), target) == 1
+    assert objective.relative_feature_loss(target, target) == 0
+    assert objective.relative_feature_loss(torch.zeros(1, 2), target) == 1
+    assert objective.relative_feature_loss(torch.tensor([[3.0, 9.0]]), target) == 1
 
 
 def test_start_has_the_norm_of_an_image() -> None:
-    start = losses.initial_pixels_of_norm((227, 227), 5)
+    start = objective.initial_pixels_of_norm((227, 227), 5)
     assert start.shape == (1, 3, 227, 227)
     assert start.norm().item() == pytest.approx(IMAGE_NORM, rel=1e-5)
     assert abs(start.mean().item()) < 1
-    assert torch.equal(start, losses.initial_pixels_of_norm((227, 227), 5))
-    assert not torch.equal(start, losses.initial_pixels_of_norm((227, 227), 6))
+    assert torch.equal(start, objective.initial_pixels_of_norm((227, 227), 5))
+    assert not torch.equal(start, objective.initial_pixels_of_norm((227, 227), 6))
 
 
 def test_total_variation_weight_grows_with_depth() -> None:
@@ -98,7 +98,7 @@ def test_mahendran_updates_equal_their_form(alexnet: Backbone) -> None:
     rate = 0.004
     x, other = 40 * torch.randn(2, 1, 3, 67, 67, generator=torch.Generator().manual_seed(2))
     target = alexnet(alexnet.from_pixels(other), ["conv3"])["conv3"]
-    loss = losses.ReconstructionLoss(alexnet, "conv3", target, None, None, penalties=penalties_for("tv", "conv3"))
+    loss = objective.ReconstructionLoss(alexnet, "conv3", target, None, None, penalties=penalties_for("tv", "conv3"))
     ours = x.clone().requires_grad_()
     reconstruct.descend(loss, ours, MomentumSGD([ours], learning_rate_for("tv")), 3, lambda *_: None)
     velocity = torch.zeros_like(x)
@@ -139,10 +139,10 @@ def test_every_term_of_the_loss_is_weighted(alexnet: Backbone, workspace: Path) 
     from models.checkpoints import load_vlm
 
     vlm: VisualLanguageModel = load_vlm(workspace / "vlm.safetensors")[0].freeze()
-    x = losses.initial_pixels_of_norm((227, 227), 4)
+    x = objective.initial_pixels_of_norm((227, 227), 4)
     target = torch.zeros(1, 256, 13, 13) + 1
     weights = {"conv4": 0.5, "conv5": 0.25}
-    loss = losses.ReconstructionLoss(
+    loss = objective.ReconstructionLoss(
         alexnet,
         "conv5",
         target,
@@ -189,11 +189,11 @@ def test_regularizers_of_the_script(
 
 
 def test_authors_settings_are_the_defaults(workspace: Path) -> None:
-    args = reconstruct.cli.parse_args(reconstruct.get_parser(), ["x", "--regularizer", "tv"], "reconstruct")
+    args = reconstruct.options.parse_args(reconstruct.get_parser(), ["x", "--regularizer", "tv"], "reconstruct")
     reconstruct.resolve_defaults(args, "alexnet")
     assert (args.iterations, args.decay_at, args.momentum) == (400, [100, 300], 0.9)
     assert args.penalties == {"tv": 100.0, "l6": 8e-10} and args.vlm_weight == 0
-    args = reconstruct.cli.parse_args(reconstruct.get_parser(), ["x", "--regularizer", "vlm"], "reconstruct")
+    args = reconstruct.options.parse_args(reconstruct.get_parser(), ["x", "--regularizer", "vlm"], "reconstruct")
     reconstruct.resolve_defaults(args, "alexnet")
     assert (args.iterations, args.decay_at, args.vlm_weight, args.penalties) == (1000, [], 10.0, {})
 
@@ -304,5 +304,5 @@ def test_regularizers_are_complete() -> None:
     assert list(REGULARIZERS) == ["none", "l2", "tv", "vlm", "vlm+tv"]
     for regularizer in REGULARIZERS.values():
         assert isinstance(regularizer, Regularizer)
-        assert regularizer.penalties.keys() <= losses.PENALTIES.keys()
+        assert regularizer.penalties.keys() <= objective.PENALTIES.keys()
         assert regularizer.start in ("data", "norm", "zero")

@@ -14,9 +14,9 @@ from PIL import Image
 
 import evaluate
 import reconstruct
-from models import classifier, picture_metrics
+from evaluation import classifier, picture_metrics, tables
 from models.errors import UserError
-from pipeline import artefacts, score_tables
+from pipeline import artefacts
 from tests.conftest import RUN, make_photo
 
 
@@ -161,19 +161,19 @@ SCORES = {
 
 
 def test_summaries_leave_out_missing_scores() -> None:
-    summary = score_tables.summarise(SCORES, "x", ["m"], 0)
+    summary = tables.summarise(SCORES, "x", ["m"], 0)
     assert summary["m"] == 2 and summary["intervals"]["m"] == [1, 3]
-    difference = score_tables.difference(SCORES, "x", "y", ["m"], 0)
+    difference = tables.difference(SCORES, "x", "y", ["m"], 0)
     assert difference["m"] == pytest.approx(1) and difference["intervals"]["m"] == [0.5, 1.5]
-    empty = score_tables.summarise({"a": {"x": {"m": float("nan")}}}, "x", ["m"], 0)
+    empty = tables.summarise({"a": {"x": {"m": float("nan")}}}, "x", ["m"], 0)
     assert empty == {"m": None, "intervals": {"m": None}}
-    assert score_tables.cells(summary, ["m"]) == ["2.000 [1.000, 3.000]"]
-    assert score_tables.cells(difference, ["m"], signed=True) == ["+1.000 [+0.500, +1.500]"]
-    assert score_tables.cells(empty, ["m"]) == ["–"]
+    assert tables.cells(summary, ["m"]) == ["2.000 [1.000, 3.000]"]
+    assert tables.cells(difference, ["m"], signed=True) == ["+1.000 [+0.500, +1.500]"]
+    assert tables.cells(empty, ["m"]) == ["–"]
 
 
 def test_table_is_aligned() -> None:
-    lines = score_tables.table(["model", "m"], [["a", "1.000"], ["longer", "–"]]).splitlines()
+    lines = tables.table(["model", "m"], [["a", "1.000"], ["longer", "–"]]).splitlines()
     assert lines == ["| model  | m     |", "| ------ | ----- |", "| a      | 1.000 |", "| longer | –     |"]
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 import extract_features
 import reconstruct
 import train_vlm
-from models import saliency
+from models import unnaturalness
 from models.backbones import (
     ARCHITECTURES,
     Architecture,
@@ -25,9 +25,9 @@ from models.backbones import (
     ReLU,
     centre_crop,
 )
+from models.descent import MomentumSGD
 from models.fused_lstm import fused_lstm
-from models.losses import ReconstructionLoss
-from models.optimizer import MomentumSGD
+from models.objective import ReconstructionLoss
 from models.projection import Projection, fit_pca
 from models.vlm import (
     DIRECTIONS,
@@ -385,11 +385,11 @@ def test_reconstruction() -> None:
 def test_saliency_postprocessing_byte_for_byte(case: str) -> None:
     vectors = load("saliency_post")
     raw, (height, width) = vectors[f"{case}_map"], vectors[f"{case}_image_shape"][:2].tolist()
-    assert np.array_equal(saliency.to_bytes(raw**0.5), vectors[f"{case}_bytes"])
-    final = saliency.postprocess_original(raw, height, width, stride=16)
+    assert np.array_equal(unnaturalness.to_bytes(raw**0.5), vectors[f"{case}_bytes"])
+    final = unnaturalness.postprocess_original(raw, height, width, stride=16)
     assert final.dtype == np.uint8
     assert np.array_equal(final, vectors[f"{case}_final"])
-    by_floats = saliency.postprocess(raw, height, width, stride=16)
+    by_floats = unnaturalness.postprocess(raw, height, width, stride=16)
     assert np.abs(by_floats * 255 - vectors[f"{case}_final"]).max() < 1.5  # what the rounding to bytes costs
 
 

@@ -26,7 +26,8 @@ import train_vlm
 from models.checkpoints import load_vlm, read_tensors, write_tensors
 from models.errors import UserError
 from models.randomness import split_images
-from pipeline import cli
+from pipeline import program
+from pipeline.progress import Terminated
 from tests.conftest import RUN, make_photo
 
 ROOT = Path(__file__).parent.parent
@@ -404,9 +405,9 @@ def test_interruption_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        assert cli.run(stop(KeyboardInterrupt())) == 130
-        assert cli.run(stop(cli.Terminated())) == 143
-        assert cli.run(stop(UserError("two\nlines"))) == 2
+        assert program.run(stop(KeyboardInterrupt())) == 130
+        assert program.run(stop(Terminated())) == 143
+        assert program.run(stop(UserError("two\nlines"))) == 2
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert "two lines" in capsys.readouterr().err

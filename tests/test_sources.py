@@ -18,7 +18,7 @@ import pytest
 
 import prepare_images
 from models.errors import UserError
-from pipeline import cli, tars
+from pipeline import program, tars
 from pipeline.images import MOST_BYTES
 from pipeline.sources import list_images
 from tests.test_arguments import unprivileged
@@ -33,7 +33,7 @@ END = bytes(1024)
 @pytest.fixture(autouse=True)
 def no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     """The version of the code costs a process."""
-    monkeypatch.setattr(cli, "code_version", lambda: "tested")
+    monkeypatch.setattr(program, "code_version", lambda: "tested")
 
 
 def prepare(source: Path, root: Path, *options: str) -> tuple[list[str], dict[str, str]]:

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.descent import MomentumSGD
 from models.errors import UserError
-from models.optimizer import MomentumSGD
 from models.projection import Moments, Projection, draw_positions, fit_pca, positions_per_image
 from models.vlm import (
     DIRECTIONS,

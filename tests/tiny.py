@@ -25,10 +25,11 @@ import prepare_images
 import reconstruct
 import saliency
 import train_vlm
-from models import checkpoints, classifier, fixation_metrics, optimizer, vlm  # noqa: F401 (imported before the fork)
-from models import saliency as maps  # noqa: F401
+from evaluation import classifier, fixation_metrics, map_sources, score_fixations, tables  # noqa: F401 (imported before the fork)  # noqa: F401
+from models import checkpoints, descent, vlm  # noqa: F401 (imported before the fork)
+from models import unnaturalness as maps  # noqa: F401
 from models.backbones import ARCHITECTURES, Architecture, Conv, Linear, MaxPool, ReLU
-from pipeline import artefacts, cli, figures, fixation_scores, map_sources, score_tables  # noqa: F401
+from pipeline import artefacts, figures, program  # noqa: F401
 
 STAGES = {m.__name__: m for m in (prepare_images, extract_features, train_vlm, reconstruct, saliency, evaluate)}
 matplotlib.colormaps.get_cmap(figures.HEAT)  # a first time
@@ -101,10 +102,10 @@ def _prepare(stage: str, argv: list[str]) -> None:
     ARCHITECTURES["tiny"] = TINY
     extract_features.SAVE_EVERY = 0.0
     prepare_images.MARK_EVERY = 2
-    cli.code_version = lambda: "tested"  # git costs a process
+    program.code_version = lambda: "tested"  # git costs a process
     for name in ("loss_curves", "reconstruction_curves", "picture_row", "picture_grid"):  # matplotlib costs a second
         setattr(figures, name, lambda _, path, *more: artefacts.write_bytes(path, b"a figure"))
-    fixation_scores.RESAMPLES = score_tables.RESAMPLES = 50
+    score_fixations.RESAMPLES = tables.RESAMPLES = 50
     classifier.find_weights = lambda: None
 
 
@@ -130,7 +131,7 @@ def _run(stage: str, argv: list[str], root: str, output: str, accident: Accident
         train_vlm.update = interrupted
     else:
         sys.addaudithook(watch)
-    code = cli.run(lambda: STAGES[stage].main(argv))
+    code = program.run(lambda: STAGES[stage].main(argv))
     sys.stdout.flush()
     sys.stderr.flush()
     Path(f"{output}.count").write_text(str(watch.count))
@@ -216,4 +217,4 @@ def touched(rank: int, root: Path) -> int:
 
 if __name__ == "__main__":
     _prepare(sys.argv[1], sys.argv[2:])
-    sys.exit(cli.run(lambda: STAGES[Path(sys.argv[0]).stem].main(sys.argv[1:])))
+    sys.exit(program.run(lambda: STAGES[Path(sys.argv[0]).stem].main(sys.argv[1:])))

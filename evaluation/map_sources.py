@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from evaluation.fixation_metrics import centre_gaussian, spectral_residual
 from models.errors import UserError
-from models.fixation_metrics import centre_gaussian, spectral_residual
-from pipeline import artefacts, cli
+from pipeline import artefacts, networks, options
 from pipeline.images import open_image, output_name
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class Pipeline:
     def _compute(self, rgb: np.ndarray, keys: Sequence[Key]) -> Iterator[tuple[Key, np.ndarray]]:
         import torch
 
-        from models.saliency import projected_features
+        from models.unnaturalness import projected_features
         from models.vlm import DIRECTIONS, layer_map, predict_nothing
 
         layers = list(dict.fromkeys(layer for layer, _ in keys))
@@ -221,7 +221,7 @@ class Added:
 
     def maps(self, path: Path, rgb: np.ndarray) -> Maps:
         """The maps of all parts and the sums."""
-        from models.saliency import added
+        from models.unnaturalness import added
 
         found = {name: values for part in self.parts for name, values in part.maps(path, rgb).items()}
         return found | {name: added(found[part] for part in parts) for name, parts in self.sums.items()}
@@ -264,12 +264,12 @@ def pipelines(args: Any, device: Any, cache: Path) -> list[Pipeline]:
     Raises:
         UserError: a checkpoint, a layer or weights are missing.
     """
-    from models import saliency
+    from models import unnaturalness
     from models.checkpoints import load_vlm
 
     loaded = {path: load_vlm(path) for path in dict.fromkeys(args.vlm)}
     chosen = choose_layers({path: vlm.layers for path, (vlm, _) in loaded.items()}, args.layer)
-    process = saliency.postprocess_original if args.postprocess == "original" else saliency.postprocess
+    process = unnaturalness.postprocess_original if args.postprocess == "original" else unnaturalness.postprocess
 
     def finish(raw: np.ndarray, height: int, width: int, stride: int) -> np.ndarray:
         return process(raw, height, width, stride, args.power, args.blur)
@@ -286,11 +286,11 @@ def pipelines(args: Any, device: Any, cache: Path) -> list[Pipeline]:
         facts = {"backbone": name, "vlm_sha256": artefacts.file_sha256(path)}
         facts |= {key: getattr(args, key) for key in ("power", "blur", "postprocess")}
         for random in (False, True):
-            options = cli.replace(args, weights="random" if random else args.weights)
-            backbone, weights = cli.load_backbone(options, name, chosen[path], device)
+            wanted = options.replace(args, weights="random" if random else args.weights)
+            backbone, weights = networks.load_backbone(wanted, name, chosen[path], device)
             about = f"{path}, CNN weights: {weights.source}"
             names, rows = _random_rows(titles, about) if random else _trained_rows(titles, about)
-            described = {**facts, **cli.weights_facts(backbone, weights), "rows": list(rows)}
+            described = {**facts, **networks.weights_facts(backbone, weights), "rows": list(rows)}
             found.append(Pipeline(backbone, vlm, names, rows, finish, described, cache, args.overwrite))
     return found
 

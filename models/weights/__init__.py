@@ -24,8 +24,8 @@ from models.backbones import (
     Linear,
     random_parameters,
 )
-from models.downloads import Progress, RemoteFile, cache_folder, cached, fetch, file_hash, flaw
 from models.errors import UserError
+from models.weights.downloads import Progress, RemoteFile, cache_folder, cached, fetch, file_hash, flaw
 
 _TORCHVISION = "https://download.pytorch.org/models/"
 _MXNET = "https://apache-mxnet.s3-accelerate.dualstack.amazonaws.com/caffe/models/"
@@ -227,7 +227,7 @@ def load_mean_image(
     Raises:
         UserError: not found, or not an image of this size.
     """
-    from models.caffe import read_binaryproto
+    from models.weights.caffe import read_binaryproto
 
     if path is None:
         path = _obtain(FILES["mean_image"], cache or cache_folder(), download, progress, "--mean-image")
@@ -499,7 +499,7 @@ def _with_arrays(value: Any, done: dict[int, Any]) -> Any:
 
 
 def _read_caffe(path: Path, architecture: Architecture) -> Mapping[str, Tensor]:
-    from models.caffe import match_parameters, read_caffemodel
+    from models.weights.caffe import match_parameters, read_caffemodel
 
     shapes = architecture.parameter_shapes()
     blobs = read_caffemodel(path, wanted={name.split(".")[0] for name in shapes})

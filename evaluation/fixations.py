@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.fixation_metrics import fixations_elsewhere
+from evaluation.gaze import fixation_centres
 from models.errors import UserError
-from models.fixation_metrics import fixations_elsewhere
-from pipeline.gaze import fixation_centres
 from pipeline.images import open_image, read_rgb
 
 UNKNOWN_SUBJECT = -1

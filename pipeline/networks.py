@@ -1,0 +1,87 @@
+"""Devices, and the backbones that stages read."""
+
+import argparse
+import ctypes
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from models.errors import UserError
+from pipeline import distributed
+from pipeline.progress import Progress
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+KEPT_BYTES = 2**30
+
+
+def load_backbone(args: argparse.Namespace, name: str, layers: list[str], device: Any) -> tuple[Any, Any]:
+    """The backbone and its `Weights` for the options of `add_weights_options`, on a device; says what was taken.
+
+    `layers` are the taps that will be read: they decide whether convolutions alone are enough.
+    """
+    from models.weights import load_backbone
+
+    with Progress(None, "weights", "B") as progress:
+        backbone, weights = load_backbone(
+            name,
+            args.weights,
+            layers=layers,
+            mean_image=args.mean_image or "auto",
+            cache=args.cache,
+            progress=progress.download,
+            seed=args.seed,
+        )
+    print(f"weights: {weights.source}, sha256 {weights.sha256[:16]}", flush=True)
+    return backbone.to(device), weights
+
+
+def weights_facts(backbone: Any, weights: Any) -> dict[str, str]:
+    """What a sidecar states of the CNN's weights, and of the mean image where there is one."""
+    facts = {"weights_sha256": weights.sha256}
+    if backbone.mean_image is not None:
+        facts["mean_image_sha256"] = hashlib.sha256(backbone.mean_image.cpu().numpy().tobytes()).hexdigest()
+    return facts
+
+
+def checkpoint_backbone(path: Path) -> str:
+    """Name of the backbone that a checkpoint reads."""
+    from models.checkpoints import read_tensors
+
+    name = read_tensors(path)[1].get("backbone")
+    if not isinstance(name, str):
+        raise UserError(f"{path} does not say which backbone it reads: give another file")
+    return name
+
+
+def pick_device(name: str):
+    """The torch device for an option value of `DEVICES`.
+
+    Raises:
+        UserError: the device asked for is not there.
+    """
+    import torch
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"--device {name} is not available here: use --device auto or cpu")
+    if name == "cpu":
+        keep_freed_memory()
+    if name == "cuda" and distributed.launched():
+        if distributed.local_rank() >= torch.cuda.device_count():
+            raise UserError(f"{torch.cuda.device_count()} CUDA devices are too few: lower --nproc-per-node to that")
+        return torch.device(name, distributed.local_rank())
+    return torch.device(name)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for what is allocated next; where it is not glibc, nothing changes.
+
+    It gives large blocks back to the system, which then has to hand out and clear the pages of the same tensors in
+    every update: a quarter of an update's time.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            library.mallopt(parameter, KEPT_BYTES)

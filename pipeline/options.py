@@ -1,0 +1,214 @@
+"""Options that scripts share, and the types of their values.
+
+Nothing here imports torch, so that `--help` answers at once.
+"""
+
+import argparse
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pipeline.presets import PRESETS
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+LARGEST_COUNT = 10**9  # of images, updates, …: beyond, sizes would overflow before memory does
+LARGEST_NUMBER = 3.4e38  # float32's
+LONGEST_PART = 255  # bytes of a file's or folder's name, on the usual file systems
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line on stderr and exit with code 2."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see --help)\n")
+
+
+def stage_parser(doc: str, *, workspace: bool = True) -> Parser:
+    """A parser with the options every stage has; `doc` is the script's docstring.
+
+    `workspace` adds --preset and --root.
+    """
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_options(parser, workspace=workspace)
+    return parser
+
+
+def command_parser(doc: str, commands: Mapping[str, Any]) -> Parser:
+    """A parser for a script of several commands, each with the options every stage has.
+
+    `commands` are modules by the command's name: their docstring explains the command, `add_options(parser)` adds its
+    options.
+    """
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in commands.items():
+        first_line = module.__doc__.partition("\n")[0]
+        command = choices.add_parser(
+            name, help=first_line, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        add_common_options(command, workspace=False)
+        module.add_options(command)
+    return parser
+
+
+def add_common_options(parser: argparse.ArgumentParser, *, workspace: bool) -> None:
+    """Options of `stage_parser`."""
+    if workspace:
+        parser.add_argument(
+            "--preset",
+            choices=sorted(PRESETS),
+            default="alexnet",
+            help="whose defaults to take for all other options; alexnet_caffe and vgg19_caffe are the paper's "
+            "(default: alexnet)",
+        )
+        parser.add_argument("--root", type=folder, help="workspace folder (default: out/<preset>)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes cuda, then mps, then cpu")
+    parser.add_argument("--seed", type=natural, default=0, help="everything that is drawn follows from it (default: 0)")
+    parser.add_argument("--overwrite", action="store_true", help="start afresh where finished or partial results stand")
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None, stage: str) -> argparse.Namespace:
+    """Parse with the chosen preset's values as the defaults of this stage."""
+    first = Parser(add_help=False, prog=parser.prog)
+    first.add_argument("--preset", default="alexnet")
+    name = first.parse_known_args(argv)[0].preset
+    if name in PRESETS:
+        settings = PRESETS[name].get(stage, {})
+        parser.set_defaults(root=Path("out") / name, **{key: s.value for key, s in settings.items()})
+    return parser.parse_args(argv)
+
+
+def natural(text: str) -> int:
+    """argparse type: an integer from 0 to 2⁶³-1."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not an integer from 0 to 2⁶³-1")
+    return value
+
+
+def positive(text: str) -> int:
+    """argparse type: an integer from 1 to 10⁹."""
+    value = int(text)
+    if not 1 <= value <= LARGEST_COUNT:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not an integer from 1 to {LARGEST_COUNT}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """argparse type: a number above 0 that fits into float32."""
+    value = float(text)
+    if not 0 < value <= LARGEST_NUMBER:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not a number above 0, {LARGEST_NUMBER} at most")
+    return value
+
+
+def non_negative_number(text: str) -> float:
+    """argparse type: a number from 0 up that fits into float32."""
+    value = float(text)
+    if not 0 <= value <= LARGEST_NUMBER:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not a number from 0 up, {LARGEST_NUMBER} at most")
+    return value
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number from 0 up, below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not in [0, 1)")
+    return value
+
+
+def _kind(text: str) -> int:
+    """stat's type of what stands at a path, 0 for nothing there."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty path leads nowhere")
+    if any(len(os.fsencode(part)) > LONGEST_PART for part in Path(text).parts):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}… has a name of more than {LONGEST_PART} bytes")
+    try:
+        return stat.S_IFMT(Path(text).stat().st_mode)
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be used: {_reason(error)}") from None
+
+
+def _may(path: str | Path, mode: int) -> bool:
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def readable_file(text: str) -> Path:
+    """argparse type: a file that is there and may be read."""
+    kind = _kind(text)
+    if kind != stat.S_IFREG:
+        what = "does not exist" if not kind else "is a folder" if kind == stat.S_IFDIR else "is no regular file"
+        raise argparse.ArgumentTypeError(f"{text!r} {what}: give a file")
+    if not _may(text, os.R_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be read: permission denied")
+    return Path(text)
+
+
+def folder(text: str) -> Path:
+    """argparse type: a folder, there or not yet."""
+    if _kind(text) not in (0, stat.S_IFDIR):
+        raise argparse.ArgumentTypeError(f"{text!r} is a file: give a folder")
+    return Path(text)
+
+
+def writable_folder(text: str) -> Path:
+    """argparse type: a folder that may be written, or made."""
+    path = folder(text)
+    there = next(p for p in (path, *path.absolute().parents) if _kind(str(p)))
+    if not _may(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{there} cannot be written: permission denied")
+    return path
+
+
+def writable_file(text: str) -> Path:
+    """argparse type: a file to be written, replacing one that stands there."""
+    if _kind(text) not in (0, stat.S_IFREG):
+        raise argparse.ArgumentTypeError(f"{text!r} is no file: give the name of one")
+    writable_folder(str(Path(text).parent))
+    return Path(text)
+
+
+def add_weights_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say where the CNN's weights come from."""
+    parser.add_argument(
+        "--weights",
+        default="auto",
+        metavar="auto|random|FILE",
+        help="CNN weights: auto looks for the installed package, then downloads; a FILE (.pth, .safetensors, "
+        ".caffemodel, .ckpt) serves offline; random is a control (default: auto)",
+    )
+    parser.add_argument(
+        "--mean-image",
+        type=readable_file,
+        help="imagenet_mean.binaryproto for the Caffe backbones (default: downloaded)",
+    )
+    parser.add_argument(
+        "--cache", type=folder, help="folder of downloads (default: $CNN_VLM_CACHE or ~/.cache/cnn-vlm)"
+    )
+
+
+def add_postprocess_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say how an unnaturalness map becomes a saliency map."""
+    parser.add_argument("--power", type=positive_number, default=0.5, help="of the map (original code: 0.5)")
+    parser.add_argument("--blur", type=fraction, default=0.03, help="of the image's sides (original code: 0.03)")
+    parser.add_argument(
+        "--postprocess",
+        choices=("float", "original"),
+        default="float",
+        help="original rounds to 256 levels on the way, as the paper's code did",
+    )
+
+
+def replace(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
+    """A copy of parsed arguments with some values changed."""
+    return argparse.Namespace(**{**vars(args), **changes})

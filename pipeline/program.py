@@ -1,0 +1,137 @@
+"""A script as a program: its first lines, its errors, its exit code."""
+
+import argparse
+import errno
+import io
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from models.errors import UserError
+from pipeline import distributed
+from pipeline.progress import Terminated
+
+# What goes wrong with a path that the user chose or can mend; other numbers are bugs.
+USERS_ERRORS = {
+    getattr(errno, name)
+    for name in "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS EISDIR ENOTDIR EEXIST ENAMETOOLONG ELOOP EIO".split()
+}
+
+
+def announce(args: argparse.Namespace, device: object = None) -> None:
+    """First lines of every script: versions, device, effective arguments."""
+    packages = " ".join(f"{name} {_version(name)}" for name in ("torch", "torchvision", "numpy", "pillow"))
+    print(f"cnn-vlm {code_version()}, python {platform.python_version()}, {packages}", flush=True)
+    if device is not None:
+        ranks = f", one of {distributed.size()} processes" if distributed.size() > 1 else ""
+        print(f"device: {device}, {os.cpu_count()} CPU cores{ranks}", flush=True)
+    arguments = " ".join(f"{key}={_show(value)}" for key, value in sorted(vars(args).items()))
+    print(f"arguments: {arguments}", flush=True)
+
+
+def _show(value: Any) -> str:
+    return ",".join(str(v) for v in value) if isinstance(value, list | tuple) else str(value)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def code_version() -> str:
+    """The git commit of this code, or 'unknown' outside a checkout."""
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return result.stdout.strip() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Versions for an artefact's sidecar."""
+    names = ("torch", "torchvision", "numpy", "pillow")
+    return {"code": code_version(), "python": platform.python_version(), **{n: _version(n) for n in names}}
+
+
+LACKS_MEMORY = "this does not fit into memory: use smaller values (batch, positions, layers) or smaller images"
+
+
+def _on_sigterm(*_: object) -> None:
+    raise Terminated
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an exception says that memory is exhausted, the device's or the computer's."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+        or "can't allocate memory" in str(error)
+    )
+
+
+def explanation(error: Exception) -> str | None:
+    """The one line for what a user can mend; None for a bug, which keeps its traceback."""
+    if isinstance(error, UserError):
+        return one_line(str(error))
+    if isinstance(error, OSError) and error.errno in USERS_ERRORS:
+        where = str(error.filename or "the workspace")
+        return one_line(f"{where[:200]!r}: {error.strerror}; mend that and run again to go on")
+    if isinstance(error, MemoryError | RuntimeError) and lacks_memory(error):
+        return LACKS_MEMORY
+    return None
+
+
+def one_line(text: str) -> str:
+    """Text without line breaks, and without what would steer a terminal."""
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """Text that can be written as UTF-8 and shown on a terminal, whatever bytes a file's name has."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Run a script's `main` and turn what ends it into an exit code.
+
+    0 success; 2 a user's mistake, in one line on stderr; 130 Ctrl-C and 143 SIGTERM, with a line on how to go on.
+    Other exceptions keep their traceback. Of several ranks one speaks.
+    """
+    name = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
+    try:
+        return main() or 0
+    except distributed.ElsewhereError:
+        return 2
+    except Exception as error:
+        if (line := explanation(error)) is None:
+            raise
+        print(f"{name}: {line}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, Terminated) as stop:
+        if distributed.rank() == 0:
+            with_it = " without --overwrite" if "--overwrite" in sys.argv else ""
+            line_end = "\n" if sys.stderr.isatty() else ""  # the terminal shows ^C
+            print(
+                f"{line_end}{name}: interrupted; the same command{with_it} goes on from the last saved state",
+                file=sys.stderr,
+            )
+        return 130 if isinstance(stop, KeyboardInterrupt) else 143
