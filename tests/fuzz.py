@@ -34,8 +34,8 @@ with atheris.instrument_imports(include=["models", "pipeline", "numpy.lib", "rec
     from models.weights import caffe
     from pipeline import artefacts
 
-from tests.test_caffe import VALUES, blob, network, official_network
-from tests.test_checkpoints import (
+from tests.evaluation.test_fixations import STIMULI, cells, osie
+from tests.models.test_checkpoints import (
     Case,
     encode,
     model_case,
@@ -44,7 +44,7 @@ from tests.test_checkpoints import (
     training_case,
     training_run,
 )
-from tests.test_fixations import STIMULI, cells, osie
+from tests.models.weights.test_caffe import VALUES, blob, network, official_network
 from tests.tiny import TINY
 
 OFFICIAL = type(official_network())

@@ -42,7 +42,7 @@ from models.vlm import (
 )
 from pipeline.images import to_rgb_array
 
-FOLDER = Path(__file__).parent / "reference"
+FOLDER = Path(__file__).parents[1] / "reference"
 CODES = {"down": "2f", "up": "2b", "right": "3f", "left": "3b"}
 
 

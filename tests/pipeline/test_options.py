@@ -35,12 +35,12 @@ from pipeline import artefacts, figures, options, program
 from pipeline.presets import PRESETS, Setting
 from pipeline.progress import Progress
 from tests.conftest import make_photo
-from tests.test_weights import TINY
+from tests.models.weights.test_weights import TINY
 
 if sys.platform != "linux":
     pytest.skip("memory is limited and measured as Linux does it", allow_module_level=True)
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in ROOT.glob("*.py"))
 MODULES += sorted(f"benchmarks.{p.stem}" for p in ROOT.glob("benchmarks/*.py"))
 WRITTEN = {"root", "cache"}  # folders that need not exist, beside those of the writable types

@@ -41,10 +41,10 @@ from pipeline.images import (
 )
 from pipeline.sources import list_images
 from tests.conftest import make_photo
+from tests.models.weights.test_weights import TINY
 from tests.odd_images import READABLE, REFUSED, postscript
 from tests.odd_images import encoded as encode
-from tests.test_arguments import unprivileged
-from tests.test_weights import TINY
+from tests.pipeline.test_options import unprivileged
 
 RGB = make_photo(0, 40, 60)
 

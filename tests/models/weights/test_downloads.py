@@ -21,7 +21,7 @@ from models.errors import UserError
 from models.weights import downloads
 from models.weights.downloads import RemoteFile, cache_folder, cached, fetch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 DEAD = "http://127.0.0.1:9"  # a proxy that is not there
 PACKED = gzip.compress(bytes(5_000_000))
 BODY = np.random.default_rng(0).bytes(300_000)

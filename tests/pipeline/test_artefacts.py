@@ -24,7 +24,7 @@ from models.errors import UserError
 from pipeline import artefacts, figures, program
 from pipeline.images import write_png
 from tests.conftest import make_photo
-from tests.test_weights import TINY
+from tests.models.weights.test_weights import TINY
 
 COMMON = ["--device", "cpu"]
 RANDOM = ["--weights", "random"]

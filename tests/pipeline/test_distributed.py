@@ -236,7 +236,7 @@ def test_a_mistake_is_told_once(one: Path, tmp_path: Path) -> None:
 def test_torchrun(one: Path, tmp_path: Path) -> None:
     root = copy(one, tmp_path / "root", "images.npy")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.tiny"]
-    cwd = Path(__file__).parent.parent
+    cwd = Path(__file__).parents[2]
     for stage, argv in (("extract_features", extraction(root)), ("train_vlm", training(root, "--held-out", "2"))):
         result = subprocess.run([*torchrun, stage, *argv], cwd=cwd, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr

@@ -21,10 +21,10 @@ from models.errors import UserError
 from pipeline import program, tars
 from pipeline.images import MOST_BYTES
 from pipeline.sources import list_images
-from tests.test_arguments import unprivileged
-from tests.test_images import add, png
+from tests.pipeline.test_images import add, png
+from tests.pipeline.test_options import unprivileged
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PETABYTE = 10**15
 BOUND = 60  # megabytes that a source may take
 END = bytes(1024)

