@@ -15,7 +15,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,11 +32,10 @@ if TYPE_CHECKING:
     import torch
 
     from models.backbones import Backbone
-    from models.descent import MomentumSGD
+    from models.descent import MomentumSGD, Schedule
     from models.objective import ReconstructionLoss
     from models.vlm import VisualLanguageModel
 
-DECAY = 0.1  # of the learning rate, at the iterations of --decay-at
 WEIGHT_OPTIONS = {"l2": "l2_weight", "tv": "tv_weight"}  # penalty -> its option
 
 
@@ -53,24 +52,20 @@ def descend(
     loss: "ReconstructionLoss",
     pixels: "torch.Tensor",
     optimizer: "MomentumSGD",
+    schedule: "Schedule",
     iterations: int,
     callback: Callable[[int, dict[str, float]], None],
     first: int = 0,
-    decay_at: Sequence[int] = (),
 ) -> None:
     """Minimise `loss` over `pixels` (1, 3, H, W), which `optimizer` changes in place.
 
-    Before each update of `decay_at`, counted from 0, the learning rate falls to a tenth and the momentum to zero.
     `callback(i, terms)` gets the terms before update `i` (as the original printed them), once it is made.
 
     Raises:
         UserError: the loss is no longer finite.
     """
-    rate = optimizer.lr
     for i in range(first, iterations):
-        optimizer.lr = rate * DECAY ** sum(i >= at for at in decay_at)
-        if i in decay_at:
-            optimizer.reset_momentum()
+        schedule.prepare(optimizer, i)
         optimizer.zero_grad()
         terms = loss(pixels)
         total = terms["total"].item()
@@ -118,11 +113,12 @@ class Restart:
         start: "torch.Tensor",
         facts: artefacts.Facts,
     ):
-        from models.descent import MomentumSGD
+        from models.descent import MomentumSGD, Schedule
 
         self.number, self.folder, self.backbone, self.loss = number, folder, backbone, loss
         self.pixels = start.requires_grad_()
         self.optimizer = MomentumSGD([self.pixels], facts["learning_rate"], facts["momentum"])
+        self.schedule = Schedule(facts["learning_rate"], tuple(facts["decay_at"]))
         self.curves: list[dict[str, float]] = []
         self.facts = facts
         self.state = folder / f"restart-{number}.state.safetensors"
@@ -148,7 +144,7 @@ class Restart:
 
     def run(self, snapshot_every: int) -> None:
         """Descend to the end; save a snapshot and the state every `snapshot_every` updates, and on Ctrl-C."""
-        iterations, decay_at = self.facts["iterations"], self.facts["decay_at"]
+        iterations = self.facts["iterations"]
         what = f"reconstructing {self.facts['target']} ({self.facts['regularizer']})"
         progress = Progress(iterations, what, "it", len(self.curves))
         with progress, SafePoints() as signals:
@@ -160,7 +156,7 @@ class Restart:
                     self.snapshot(i + 1)
                 signals.check(lambda: self.snapshot(i + 1))  # pixels, velocity and curves agree only here
 
-            descend(self.loss, self.pixels, self.optimizer, iterations, callback, len(self.curves), decay_at)
+            descend(self.loss, self.pixels, self.optimizer, self.schedule, iterations, callback, len(self.curves))
 
     def snapshot(self, iteration: int) -> None:
         """Write the picture so far and the state from which the same command goes on."""
@@ -261,7 +257,8 @@ def add_objective_options(parser: options.Parser) -> None:
         type=options.natural,
         nargs="*",
         metavar="ITERATION",
-        help="divide the rate by ten and forget the momentum there (default: never; l2, tv: at 1/4 and 3/4)",
+        help="divide the rate by ten and forget the momentum after these, counted from 0 (default: never; l2, tv: "
+        "after 1/4 and 3/4)",
     )
     parser.add_argument("--momentum", type=options.fraction, default=0.9, help="paper: 0.9")
 
@@ -277,7 +274,8 @@ def resolve_defaults(args, backbone: str) -> None:
     if args.learning_rate is None:
         args.learning_rate = learning_rate_for(args.regularizer)
     if args.decay_at is None:
-        args.decay_at = [round(part * args.iterations) for part in regularizer.decay_at]
+        after = (round(part * args.iterations) - 1 for part in regularizer.decay_at)
+        args.decay_at = [at for at in after if at >= 0]
     args.penalties = penalties_for(args.regularizer, args.target)
     for name, option in WEIGHT_OPTIONS.items():
         value = getattr(args, option)

@@ -6,7 +6,7 @@ import reconstruct
 from benchmarks.networks import make_backbone, make_projection
 from benchmarks.timing import SEED, Figure, Report, Setup, ratio, seconds
 from models.backbones import Backbone
-from models.descent import MomentumSGD
+from models.descent import MomentumSGD, Schedule
 from models.objective import ReconstructionLoss, default_layer_weights
 from models.vlm import VisualLanguageModel
 
@@ -43,7 +43,7 @@ def measure(setup: Setup) -> Report:
     gradients = [torch.randn(value.shape, generator=generator).to(setup.device) for value in features.values()]
 
     def iteration() -> None:
-        reconstruct.descend(loss, moving, optimizer, 1, lambda i, terms: None)
+        reconstruct.descend(loss, moving, optimizer, Schedule(1e-3), 1, lambda i, terms: None)
 
     def network() -> None:
         torch.autograd.grad(list(backbone(x, taps).values()), x, gradients)

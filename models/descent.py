@@ -1,9 +1,33 @@
-"""Gradient descent with classical momentum, the one optimiser of the paper."""
+"""Gradient descent with classical momentum, the one optimiser of the paper, and the one schedule of its rate."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate by update, of training and of reconstruction.
+
+    Updates are counted from 0. After update `i` of `decay_at`, thus from update `i + 1` on, the rate is `decay_factor`
+    times what it was, and the momentum starts anew, whatever the factor.
+    """
+
+    learning_rate: float
+    decay_at: tuple[int, ...] = ()
+    decay_factor: float = 0.1
+
+    def rate(self, i: int) -> float:
+        """Learning rate of update `i`."""
+        return self.learning_rate * self.decay_factor ** sum(i > at for at in self.decay_at)
+
+    def prepare(self, optimizer: "MomentumSGD", i: int) -> None:
+        """Give the optimiser the rate of update `i`, and take its momentum where that is the first after a decay."""
+        optimizer.lr = self.rate(i)
+        if i - 1 in self.decay_at:
+            optimizer.reset_momentum()
 
 
 class MomentumSGD:

@@ -14,7 +14,7 @@ from torch import Tensor
 import reconstruct
 from models import objective
 from models.backbones import ARCHITECTURES, Backbone, random_parameters
-from models.descent import MomentumSGD
+from models.descent import MomentumSGD, Schedule
 from models.errors import UserError
 from models.regularizers import IMAGE_NORM, REGULARIZERS, Regularizer, learning_rate_for, penalties_for
 from models.vlm import VisualLanguageModel
@@ -100,7 +100,7 @@ def test_mahendran_updates_equal_their_form(alexnet: Backbone) -> None:
     target = alexnet(alexnet.from_pixels(other), ["conv3"])["conv3"]
     loss = objective.ReconstructionLoss(alexnet, "conv3", target, None, None, penalties=penalties_for("tv", "conv3"))
     ours = x.clone().requires_grad_()
-    reconstruct.descend(loss, ours, MomentumSGD([ours], learning_rate_for("tv")), 3, lambda *_: None)
+    reconstruct.descend(loss, ours, MomentumSGD([ours], 0), Schedule(learning_rate_for("tv")), 3, lambda *_: None)
     velocity = torch.zeros_like(x)
     for _ in range(3):
         x = x.detach().requires_grad_()
@@ -124,8 +124,8 @@ def test_learning_rate_steps_and_momentum_resets() -> None:
         rates.append(optimizer.lr)
         speeds.append(optimizer.velocities[0].item())
 
-    decay_at = [round(part * regularizer.iterations) for part in regularizer.decay_at]
-    reconstruct.descend(lambda p: {"total": p.sum()}, x, optimizer, regularizer.iterations, note, 0, decay_at)
+    schedule = Schedule(regularizer.learning_rate, (99, 299))
+    reconstruct.descend(lambda p: {"total": p.sum()}, x, optimizer, schedule, regularizer.iterations, note)
     expected = [
         0.004 * IMAGE_NORM**2 * factor for factor, count in ((1, 100), (0.1, 200), (0.01, 100)) for _ in range(count)
     ]
@@ -133,6 +133,21 @@ def test_learning_rate_steps_and_momentum_resets() -> None:
     for at in (0, 100, 300):
         assert speeds[at] == pytest.approx(-rates[at]), "the momentum starts anew"
         assert speeds[at + 1] == pytest.approx(-1.9 * rates[at])
+
+
+def test_a_decay_resets_the_momentum_whatever_its_factor() -> None:
+    x = torch.zeros(1, requires_grad=True)
+    optimizer, speeds = MomentumSGD([x], 0), []
+    schedule = Schedule(2.0, decay_at=(1, 3), decay_factor=1.0)
+    reconstruct.descend(
+        lambda p: {"total": p.sum()},
+        x,
+        optimizer,
+        schedule,
+        5,
+        lambda *_: speeds.append(optimizer.velocities[0].item()),
+    )
+    assert speeds == pytest.approx([-2, -3.8, -2, -3.8, -2]), "after updates 1 and 3, counted from 0"
 
 
 def test_every_term_of_the_loss_is_weighted(alexnet: Backbone, workspace: Path) -> None:
@@ -184,14 +199,14 @@ def test_regularizers_of_the_script(
     assert float(rows[3]["feature"]) < float(rows[0]["feature"])
     assert all(float(rows[3][term]) > 0 for term in terms)
     facts = json.loads((tmp_path / "parameters.json").read_text())
-    assert facts["regularizer"] == regularizer and facts["decay_at"] == ([] if "vlm" in regularizer else [1, 3])
+    assert facts["regularizer"] == regularizer and facts["decay_at"] == ([] if "vlm" in regularizer else [0, 2])
     assert np.asarray(Image.open(tmp_path / "image.png")).shape == (227, 227, 3)
 
 
 def test_authors_settings_are_the_defaults(workspace: Path) -> None:
     args = reconstruct.options.parse_args(reconstruct.get_parser(), ["x", "--regularizer", "tv"], "reconstruct")
     reconstruct.resolve_defaults(args, "alexnet")
-    assert (args.iterations, args.decay_at, args.momentum) == (400, [100, 300], 0.9)
+    assert (args.iterations, args.decay_at, args.momentum) == (400, [99, 299], 0.9)
     assert args.penalties == {"tv": 100.0, "l6": 8e-10} and args.vlm_weight == 0
     args = reconstruct.options.parse_args(reconstruct.get_parser(), ["x", "--regularizer", "vlm"], "reconstruct")
     reconstruct.resolve_defaults(args, "alexnet")

@@ -25,7 +25,7 @@ from models.backbones import (
     ReLU,
     centre_crop,
 )
-from models.descent import MomentumSGD
+from models.descent import MomentumSGD, Schedule
 from models.fused_lstm import fused_lstm
 from models.objective import ReconstructionLoss
 from models.projection import Projection, fit_pca
@@ -375,7 +375,7 @@ def test_reconstruction() -> None:
             assert_close(x, vectors[f"lr64_x_after_{i + 1}"], 5e-5)
 
     optimizer = MomentumSGD([x], 64.0, float(vectors["momentum"]))
-    reconstruct.descend(loss, x, optimizer, 10, callback)
+    reconstruct.descend(loss, x, optimizer, Schedule(64.0), 10, callback)
     assert_close(losses, vectors["lr64_losses"], 2e-6)
     assert_close(x, vectors["lr64_x_final"], 5e-5)
     assert np.array_equal(reconstruct.to_picture(backbone, x), vectors["lr64_png_rgb"])
