@@ -8,9 +8,10 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.io import loadmat, savemat
+from scipy.io import savemat
 
 from evaluation import fixations as reading
+from evaluation import matlab
 from models.errors import UserError
 
 STIMULI = {"a.jpg": (60, 80), "b.png": (30, 40), "c.jpg": (10, 10)}
@@ -153,27 +154,6 @@ def test_toronto_file(tmp_path, dtype):
     assert "map 1 has 6×4 pixels and 1.jpg 4×6" in one_line(error)
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-def test_matlab_values_equal_scipys(tmp_path, compressed):
-    path = tmp_path / "x.mat"
-    numbers = {f"n{k}": np.arange(24).reshape(2, 3, 4).astype(k) for k in "bBhHiIqQfd"}
-    savemat(path, {**numbers, "text": "häß€", "flag": np.eye(3, dtype=bool)}, do_compression=compressed)
-    ours, theirs = reading._read_matlab(path, (*numbers, "text", "flag")), loadmat(path)
-    assert ours["text"] == theirs["text"][0] == "häß€"
-    for name in (*numbers, "flag"):
-        np.testing.assert_array_equal(ours[name], theirs[name])
-
-
-def test_big_endian_file(tmp_path):
-    matrix = struct.pack(">IIII", 6, 8, 6, 0) + struct.pack(">IIii", 5, 8, 1, 2) + struct.pack(">HH4s", 1, 1, b"v")
-    matrix += struct.pack(">IIdd", 9, 16, 1.5, -2)
-    path = tmp_path / "x.mat"
-    header = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack(">H", 0x0100) + b"MI"
-    path.write_bytes(header + struct.pack(">II", 14, len(matrix)) + matrix)
-    np.testing.assert_array_equal(loadmat(path)["v"], [[1.5, -2]])
-    np.testing.assert_array_equal(reading._read_matlab(path, ["v"])["v"], [[1.5, -2]])
-
-
 def refused(path, content):
     path.write_bytes(content)
     messages = []
@@ -208,7 +188,7 @@ def test_deeply_nested_cells_are_refused(tmp_path):
 
 
 def test_compression_bombs_and_false_sizes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "MATLAB_LIMIT", 1 << 16)
+    monkeypatch.setattr(matlab, "LIMIT", 1 << 16)
     packed = zlib.compress(bytes(1 << 20))
     content = HEADER_OF_MAT + struct.pack("<II", 15, len(packed)) + packed
     assert "cut off or too large" in refused(tmp_path / "bomb.mat", content)
