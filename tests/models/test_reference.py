@@ -43,6 +43,11 @@ from models.vlm import (
 from pipeline.images import to_rgb_array
 
 FOLDER = Path(__file__).parents[1] / "reference"
+# The longest sums on the way: a convolution (28 terms), PCA (8), two recurrent layers (9 each), a linear one (5), and a
+# gradient over the grid (60); for reconstruction fc8 (200) and its gradient to the pixels.
+SMALL = [(torch.float64, 0), (torch.float32, 128)]
+RECONSTRUCTION = [(torch.float64, 0), (torch.float32, 384)]
+UNIT = 2.0**-24  # the largest relative error of one rounding to float32
 CODES = {"down": "2f", "up": "2b", "right": "3f", "left": "3b"}
 
 
@@ -55,10 +60,18 @@ def tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(array))
 
 
-def assert_close(found, expected, tolerance: float) -> None:
+def assert_close(found, expected, roundings: int = 0, *, own: int = 16, scale: float | None = None) -> None:
+    """Compare with a vector, in units of one float32 rounding of `scale` (the vector's largest value).
+
+    Args:
+        roundings: how often values were rounded to float32 on our way: the terms of the longest sums, added up. 0 where
+            ours are float64, so that nothing depends on a processor's order of sums.
+        own: how far the original's float32 arithmetic took the vector; a property of the vector, seen in float64.
+    """
     found = found.detach().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
     assert found.shape == np.shape(expected)
-    assert np.abs(found.astype(np.float64) - expected).max() <= tolerance
+    scale = np.abs(expected).max() if scale is None else scale
+    assert np.abs(found.astype(np.float64) - expected).max() <= (own + roundings) * UNIT * scale
 
 
 def to_torch_gates(block: np.ndarray) -> torch.Tensor:
@@ -105,8 +118,8 @@ def in_original_form(name: str, value: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("kind", ["nn.LSTM", "fused"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 2e-7), (torch.float32, 3e-7)])
-def test_recurrent_layer(direction: str, kind: str, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(("dtype", "roundings"), [(torch.float64, 0), (torch.float32, 48)])  # the sum of gWx
+def test_recurrent_layer(direction: str, kind: str, dtype: torch.dtype, roundings: int) -> None:
     vectors = load("recurrent_layer")
     x = tensor(vectors["x"]).to(dtype).requires_grad_()
     weights = [to_torch_gates(vectors[name]).to(dtype).requires_grad_() for name in ("Wx", "Wh", "b")]
@@ -122,53 +135,54 @@ def test_recurrent_layer(direction: str, kind: str, dtype: torch.dtype, toleranc
         hidden, _ = torch.func.functional_call(lstm, values, (sequences,))
     out = to_grid(hidden, direction, 2).permute(0, 3, 1, 2)
     code = {"down": "a2_f", "up": "a2_b", "right": "a3_f", "left": "a3_b"}[direction]
-    assert_close(out, vectors[f"{code}_out"], tolerance)
+    assert_close(out, vectors[f"{code}_out"], roundings)
     (out * tensor(vectors["grad_out"])).sum().backward()
-    assert_close(x.grad, vectors[f"{code}_gx"], 2e-6)
+    assert_close(x.grad, vectors[f"{code}_gx"], roundings)
     for weight, name in zip(weights, ("gWx", "gWh", "gb"), strict=True):
         expected = vectors[f"{code}_{name}"]
-        assert_close(from_torch_gates(weight.grad), expected, 1e-6 * np.abs(expected).max())
+        assert_close(from_torch_gates(weight.grad), expected, roundings)
 
 
 def conv_features(vectors: dict, data: torch.Tensor) -> dict[str, torch.Tensor]:
-    convolved = F.conv2d(data, tensor(vectors["convX_W"]), tensor(vectors["convX_b"]), padding=1)
+    weights = [tensor(vectors[f"convX_{name}"]).to(data.dtype) for name in "Wb"]
+    convolved = F.conv2d(data, *weights, padding=1)
     return {"data": data, "convX": convolved}
 
 
-def test_vlm_layer() -> None:
+@pytest.mark.parametrize(("dtype", "roundings"), SMALL)
+def test_vlm_layer(dtype: torch.dtype, roundings: int) -> None:
     vectors = load("vlm_layer")
-    vlm = model(vectors, ("data", "convX"))
-    data = tensor(vectors["odd_data"]).requires_grad_()
+    vlm = model(vectors, ("data", "convX")).to(dtype)
+    data = tensor(vectors["odd_data"]).to(dtype).requires_grad_()
     features = conv_features(vectors, data)
     for layer, x in features.items():
-        scale = np.abs(vectors[f"odd_x_{layer}"]).max()
-        assert_close(x, vectors[f"odd_x_{layer}"], 1e-6 * scale)
-        assert_close(vlm.projections[layer].standardise(x), vectors[f"odd_std_{layer}"], 5e-6)
+        assert_close(x, vectors[f"odd_x_{layer}"], roundings)
+        assert_close(vlm.projections[layer].standardise(x), vectors[f"odd_std_{layer}"], roundings)
         p = vlm.projections[layer](x)
-        assert_close(p, vectors[f"odd_pca_{layer}"], 5e-6)
+        assert_close(p, vectors[f"odd_pca_{layer}"], roundings)
         for direction, code in CODES.items():
             predictor = vlm.layers[layer][direction]
             whole = to_grid(predictor(to_sequences(p, direction)), direction, len(p)).permute(0, 3, 1, 2)
-            assert_close(whole, vectors[f"odd_pred_{layer}_{code}"], 5e-6)
+            assert_close(whole, vectors[f"odd_pred_{layer}_{code}"], roundings)
             squared = squared_errors(p, direction, predictor)
             per_channel = to_grid(squared * ramp(len(squared), p)[:, None, None], direction, len(p))
             expected = vectors[f"odd_err_{layer}_{code}"]
-            assert_close(per_channel.permute(0, 3, 1, 2), expected, 1e-6 * expected.max())
-            assert_close(direction_error_map(p, direction, predictor), expected.mean(axis=1), 2e-5)
-        assert_close(layer_map(p, vlm.layers[layer]), vectors[f"odd_map_{layer}"], 2e-5)
+            assert_close(per_channel.permute(0, 3, 1, 2), expected, roundings)
+            assert_close(direction_error_map(p, direction, predictor), expected.mean(axis=1), roundings)
+        assert_close(layer_map(p, vlm.layers[layer]), vectors[f"odd_map_{layer}"], roundings)
     losses = vlm.losses(features)
     for layer, loss in losses.items():
-        assert_close(loss, vectors[f"odd_loss_{layer}"], 4e-7)
+        assert_close(loss, vectors[f"odd_loss_{layer}"], roundings)
     total = torch.stack(list(losses.values())).mean()
-    assert_close(total, vectors["odd_loss"], 2e-7)
+    assert_close(total, vectors["odd_loss"], roundings)
     total.backward()
-    assert_close(data.grad, vectors["odd_g_data"], 2e-8)
+    assert_close(data.grad, vectors["odd_g_data"], roundings)
     compared = 0
     for layer in features:
         for direction, code in CODES.items():
             for name, parameter in parameter_names(vlm.layers[layer][direction]).items():
                 expected = vectors.get(f"odd_g_{layer}_{code}_{name}", vectors.get(f"odd_g_w_{layer}_{code}_{name}"))
-                assert_close(in_original_form(name, parameter.grad), expected, 1.5e-8)
+                assert_close(in_original_form(name, parameter.grad), expected, roundings)
                 compared += 1
     assert compared == 2 * 4 * 8
 
@@ -179,9 +193,10 @@ def test_axis_of_length_two_weighs_nothing() -> None:
     assert layer_loss(p, vlm.layers["data"]).item() == 0
 
 
-def test_sgd() -> None:
+@pytest.mark.parametrize(("dtype", "roundings"), SMALL)
+def test_sgd(dtype: torch.dtype, roundings: int) -> None:
     vectors = load("sgd")
-    vlm = model(vectors, ("data", "convX"))
+    vlm = model(vectors, ("data", "convX")).to(dtype)
     trained = {
         f"{layer}_{code}_{name}": (name, parameter)
         for layer in vlm.layers
@@ -193,24 +208,24 @@ def test_sgd() -> None:
     def compare(prefix: str, values) -> None:
         for (key, (name, _)), value in zip(trained.items(), values, strict=True):
             expected = vectors.get(f"{prefix}_{key}", vectors.get(f"{prefix}_w_{key}"))
-            assert_close(in_original_form(name, value), expected, 2e-7)
+            assert_close(in_original_form(name, value), expected, roundings)
 
     for i, data in enumerate(vectors["inputs"]):
         if i == 5:
             optimizer.reset_momentum()
             optimizer.lr *= 0.1
             assert optimizer.lr == pytest.approx(float(vectors["lr_after_reset"]))
-        features = conv_features(vectors, tensor(data))
+        features = conv_features(vectors, tensor(data).to(dtype))
         projected = {layer: vlm.projections[layer](x) for layer, x in features.items()}
         losses = train_vlm.update(vlm.layers, projected, optimizer)
-        assert np.mean(list(losses.values())) == pytest.approx(vectors["losses"][i], abs=2e-7)
+        assert_close(np.mean(list(losses.values())), vectors["losses"][i], roundings)
         if i + 1 in (1, 5, 7):
             compare(f"p{i + 1}", optimizer.parameters)
         if i + 1 in (5, 7):
             compare(f"v{i + 1}", optimizer.velocities)
-    features = conv_features(vectors, tensor(vectors["inputs"][0]))
+    features = conv_features(vectors, tensor(vectors["inputs"][0]).to(dtype))
     final = np.mean([loss.item() for loss in vlm.losses(features).values()])
-    assert final == pytest.approx(float(vectors["loss_final_on_input0"]), abs=2e-7)
+    assert_close(final, vectors["loss_final_on_input0"], roundings)
 
 
 def test_small_layers() -> None:
@@ -218,12 +233,12 @@ def test_small_layers() -> None:
     convolution = Conv("c", 4, 6, 3, groups=2)
     tiny = Architecture("tiny", (LocalResponseNorm("n"), convolution), (), (1, 1), True, (0, 0, 0), (1, 1, 1))
     backbone = Backbone(tiny, {"c.weight": torch.zeros(6, 2, 3, 3), "c.bias": torch.zeros(6)})
-    assert_close(backbone._run(LocalResponseNorm("n"), tensor(v["lrn_x"])), v["lrn_out"], 1e-4)
+    assert_close(backbone._run(LocalResponseNorm("n"), tensor(v["lrn_x"]).double()), v["lrn_out"])
     for key, window, stride in (("pool_3_2", 3, 2), ("pool_2_2", 2, 2)):
         assert_close(backbone._run(MaxPool("p", window, stride), tensor(v["pool_x"])), v[key], 0)
-    grouped = [tensor(v[key]) for key in ("gconv_x", "gconv_W_caffe", "gconv_b")]
-    assert_close(F.conv2d(*grouped, padding=(1, 2), groups=2), v["gconv_same"], 1e-5)
-    assert_close(F.conv2d(*grouped, stride=2, groups=2), v["gconv_valid_stride2"], 1e-5)
+    grouped = [tensor(v[key]).double() for key in ("gconv_x", "gconv_W_caffe", "gconv_b")]
+    assert_close(F.conv2d(*grouped, padding=(1, 2), groups=2), v["gconv_same"])
+    assert_close(F.conv2d(*grouped, stride=2, groups=2), v["gconv_valid_stride2"])
 
 
 def seeded_parameters(architecture: Architecture, seed: int) -> dict[str, torch.Tensor]:
@@ -253,8 +268,8 @@ def test_network(name: str, file: str, inputs: int) -> None:
     vectors = load(file)
     architecture = with_small_ends(ARCHITECTURES[name], inputs)
     weights_seed, input_seed, side = (401, 404, 227) if file == "alexnet" else (411, 412, 64)
-    backbone = Backbone(architecture, seeded_parameters(architecture, weights_seed))
-    x = torch.from_numpy((np.random.RandomState(input_seed).randn(1, 3, side, side) * 60).astype(np.float32))
+    backbone = Backbone(architecture, seeded_parameters(architecture, weights_seed)).double()
+    x = torch.from_numpy((np.random.RandomState(input_seed).randn(1, 3, side, side) * 60).astype(np.float32)).double()
     x.requires_grad_()
     layers = [key.removesuffix("_shape") for key in vectors if key.endswith("_shape") and "prob" not in key]
     layers = [layer for layer in layers if layer in {o.name for o in architecture.operations}]
@@ -264,12 +279,12 @@ def test_network(name: str, file: str, inputs: int) -> None:
         assert list(full.shape) == vectors[f"{layer}_shape"].tolist()
         step, skip = vectors[f"{layer}_stride"]
         sub = full[:, ::step, ::skip, ::skip] if full.ndim == 4 else full[:, ::step]
-        assert_close(sub.reshape(vectors[layer].shape), vectors[layer], 2e-5 * float(full.std()))
+        assert_close(sub.reshape(vectors[layer].shape), vectors[layer], own=64)  # 19 layers of up to 4608 terms
         stats = [full.mean(), full.square().mean(), full.min(), full.max()]
         np.testing.assert_allclose([float(s) for s in stats], vectors[f"{layer}_stats"], rtol=1e-4, atol=1e-4)
     if file == "alexnet":
         (backbone(x, ["fc8"])["fc8"][0] * tensor(vectors["grad_v"])).sum().backward()
-        assert_close(x.grad[:, :, ::8, ::8], vectors["grad_data_sub"], 2e-9)
+        assert_close(x.grad[:, :, ::8, ::8], vectors["grad_data_sub"])
 
 
 def tiny_backbone(vectors: dict, mean: bool = True) -> Backbone:
@@ -299,7 +314,7 @@ def test_pca(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     vectors = load("pca")
     backbone = tiny_backbone(vectors)
     inputs = [x for _, x in extract_features.network_batches(vectors["images_rgb"], backbone, 4, 0)]
-    assert_close(torch.cat(inputs), vectors["network_input"], 1e-5)
+    assert_close(torch.cat(inputs), vectors["network_input"], 1, scale=255)
     layers = ["data", "conv1", "conv2"]
     monkeypatch.setattr(
         "models.projection.draw_positions",
@@ -319,15 +334,15 @@ def test_pca(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for tap in [*layers, "fc8"]:
         moments = statistics.moments[tap]
         scale = vectors[f"{tap}_std"].max()  # the original summed in float32, we in float64
-        assert_close(moments.mean, vectors[f"{tap}_mean"].ravel(), 5e-6 * scale)
-        assert_close(moments.std, vectors[f"{tap}_std"].ravel(), 5e-6 * scale)
+        assert_close(moments.mean, vectors[f"{tap}_mean"].ravel(), own=128, scale=scale)
+        assert_close(moments.std, vectors[f"{tap}_std"].ravel(), own=128, scale=scale)
     for layer in layers:
         moments = statistics.moments[layer]
         samples = torch.from_numpy(statistics.samples[layer]).flatten(0, 1)
         standardised = (samples - moments.mean.float()) / moments.guarded_std()[0].float()
-        assert_close(standardised, vectors[f"{layer}_samples_std"], 5e-5)
+        assert_close(standardised, vectors[f"{layer}_samples_std"], 28)  # the samples are a convolution's, in float32
         components, mean, variance = fit_pca(standardised.numpy())
-        assert_close(mean, vectors[f"{layer}_pca_mean"], 1e-5)
+        assert_close(mean, vectors[f"{layer}_pca_mean"], 28)
         np.testing.assert_allclose(variance, vectors[f"{layer}_pca_var"], rtol=1e-4)
         cosines = np.abs((components * vectors[f"{layer}_pca_components"]).sum(axis=1))
         np.testing.assert_allclose(cosines, 1, atol=1e-5)
@@ -335,16 +350,16 @@ def test_pca(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert kept == {"data": 2, "conv1": 3, "conv2": 4}
 
 
-def reconstruction_loss(vectors: dict) -> tuple[Backbone, ReconstructionLoss]:
-    backbone = tiny_backbone(vectors)
-    vlm = model(vectors, ("conv1", "conv2")).freeze()
+def reconstruction_loss(vectors: dict, dtype: torch.dtype) -> tuple[Backbone, ReconstructionLoss]:
+    backbone = tiny_backbone(vectors).to(dtype)
+    vlm = model(vectors, ("conv1", "conv2")).to(dtype).freeze()
     weights = dict(zip(("conv1", "conv2"), vectors["lambda_layer"].tolist(), strict=True))
     feature_weight, vlm_weight = vectors["lambda_loss"].tolist()
     loss = ReconstructionLoss(
         backbone,
         "fc8",
-        tensor(vectors["target"])[None],
-        tensor(vectors["fc8_std"]).ravel(),
+        tensor(vectors["target"]).to(dtype)[None],
+        tensor(vectors["fc8_std"]).to(dtype).ravel(),
         vlm,
         feature_weight=feature_weight,
         vlm_weight=vlm_weight,
@@ -353,32 +368,34 @@ def reconstruction_loss(vectors: dict) -> tuple[Backbone, ReconstructionLoss]:
     return backbone, loss
 
 
-def test_reconstruction() -> None:
+@pytest.mark.parametrize(("dtype", "roundings"), RECONSTRUCTION)
+def test_reconstruction(dtype: torch.dtype, roundings: int) -> None:
     vectors = load("reconstruct")
-    backbone, loss = reconstruction_loss(vectors)
+    backbone, loss = reconstruction_loss(vectors, dtype)
     rgba = Image.fromarray(vectors["target_image_rgba"])
-    pixels = tensor(to_rgb_array(rgba)).permute(2, 0, 1)[None].float()
-    assert_close(backbone(backbone.preprocess(pixels), ["fc8"])["fc8"][0], vectors["target"], 1e-4)
-    x = tensor(vectors["x0"]).requires_grad_()
+    pixels = tensor(to_rgb_array(rgba)).permute(2, 0, 1)[None].to(dtype)
+    assert_close(backbone(backbone.preprocess(pixels), ["fc8"])["fc8"][0], vectors["target"], roundings)
+    x = tensor(vectors["x0"]).to(dtype).requires_grad_()
     terms = loss(x)
     terms["total"].backward()
-    assert_close(terms["total"], vectors["loss_x0"], 2e-6)
-    assert_close(terms["feature"], vectors["loss_target_x0"], 2e-6)
+    assert_close(terms["total"], vectors["loss_x0"], roundings)
+    assert_close(terms["feature"], vectors["loss_target_x0"], roundings)
     for layer in ("conv1", "conv2"):
-        assert_close(terms[layer], vectors[f"loss_lm_{layer}_x0"], 2e-6)
-    assert_close(x.grad, vectors["grad_x0"], 4e-9)  # of 9e-3; 3.03e-9 with one thread, less with two
+        assert_close(terms[layer], vectors[f"loss_lm_{layer}_x0"], roundings)
+    assert_close(x.grad, vectors["grad_x0"], roundings)
     losses = []
 
     def callback(i: int, terms: dict[str, float]) -> None:
         losses.append(terms["total"])
         if i in (0, 1):
-            assert_close(x, vectors[f"lr64_x_after_{i + 1}"], 5e-5)
+            assert_close(x, vectors[f"lr64_x_after_{i + 1}"], roundings)
 
     optimizer = MomentumSGD([x], 64.0, float(vectors["momentum"]))
     reconstruct.descend(loss, x, optimizer, Schedule(64.0), 10, callback)
-    assert_close(losses, vectors["lr64_losses"], 2e-6)
-    assert_close(x, vectors["lr64_x_final"], 5e-5)
-    assert np.array_equal(reconstruct.to_picture(backbone, x), vectors["lr64_png_rgb"])
+    assert_close(losses, vectors["lr64_losses"], roundings)
+    assert_close(x, vectors["lr64_x_final"], roundings)
+    grey_levels = np.abs(reconstruct.to_picture(backbone, x).astype(int) - vectors["lr64_png_rgb"])
+    assert grey_levels.max() <= (dtype == torch.float32), "truncation turns one rounding into one grey level"
 
 
 @pytest.mark.parametrize("case", ["a", "c"])
@@ -415,7 +432,7 @@ def test_image_reading_and_mean() -> None:
         if image not in vectors:
             continue
         backbone = bgr_backbone(vectors[f"mean_{mean}"])
-        assert_close(backbone.subtract_mean(read_png(vectors[image]))[0], expected, 3e-5)
+        assert_close(backbone.subtract_mean(read_png(vectors[image]).double())[0], expected, scale=255)
         compared += 1
     assert compared >= 3
 
