@@ -68,6 +68,7 @@ def add_common_options(parser: argparse.ArgumentParser, *, workspace: bool) -> N
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes cuda, then mps, then cpu")
     parser.add_argument("--seed", type=natural, default=0, help="everything that is drawn follows from it (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="start afresh where finished or partial results stand")
+    parser.add_argument("--verbose", action="store_true", help="print all effective arguments, which sidecars hold too")
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None, stage: str) -> argparse.Namespace:

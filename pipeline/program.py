@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,26 @@ USERS_ERRORS = {
 
 
 def announce(args: argparse.Namespace, device: object = None) -> None:
-    """First lines of every script: versions, device, effective arguments."""
+    """First lines of every script, once for all stages of a process: versions, device; with --verbose the arguments.
+
+    The effective arguments also go into the sidecars, see `versions`.
+    """
+    _effective.clear()
+    _effective.update({key: printable(_show(value)) for key, value in sorted(vars(args).items())})
+    _introduce(None if device is None else str(device))
+    if getattr(args, "verbose", False):
+        print("arguments: " + " ".join(f"{key}={value}" for key, value in _effective.items()), flush=True)
+
+
+_effective: dict[str, str] = {}  # arguments of the stage that this process runs
+
+
+@cache
+def _introduce(device: str | None) -> None:
     packages = " ".join(f"{name} {_version(name)}" for name in ("torch", "torchvision", "numpy", "pillow"))
-    print(f"cnn-vlm {code_version()}, python {platform.python_version()}, {packages}", flush=True)
-    if device is not None:
-        ranks = f", one of {distributed.size()} processes" if distributed.size() > 1 else ""
-        print(f"device: {device}, {os.cpu_count()} CPU cores{ranks}", flush=True)
-    arguments = " ".join(f"{key}={_show(value)}" for key, value in sorted(vars(args).items()))
-    print(f"arguments: {arguments}", flush=True)
+    where = "" if device is None else f", {device} ({os.cpu_count()} CPU cores)"
+    ranks = f", one of {distributed.size()} processes" if distributed.size() > 1 else ""
+    print(f"cnn-vlm {code_version()}, python {platform.python_version()}, {packages}{where}{ranks}", flush=True)
 
 
 def _show(value: Any) -> str:
@@ -61,10 +74,11 @@ def code_version() -> str:
     return result.stdout.strip() or "unknown"
 
 
-def versions() -> dict[str, str]:
-    """Versions for an artefact's sidecar."""
+def versions() -> dict[str, Any]:
+    """Versions for an artefact's sidecar, and the effective arguments of the stage that makes it."""
     names = ("torch", "torchvision", "numpy", "pillow")
-    return {"code": code_version(), "python": platform.python_version(), **{n: _version(n) for n in names}}
+    found = {"code": code_version(), "python": platform.python_version(), **{n: _version(n) for n in names}}
+    return {**found, "arguments": dict(_effective)}
 
 
 LACKS_MEMORY = "this does not fit into memory: use smaller values (batch, positions, layers) or smaller images"
