@@ -2,7 +2,8 @@
 
 In:  ROOT/images.npy (N, 256, 256, 3) uint8, of stage 1.
 Out: ROOT/features/projection.safetensors: per layer the channels' mean and std, and the principal components kept;
-     mean and std also of `data`, the last pooling and the fully connected layers, for reconstruction.
+     mean and std also of `data`, the last pooling and the fully connected layers, for reconstruction. All are of the
+     training images alone: those that --held-out keeps for measuring are listed with the projection.
      ROOT/features/<layer>.npy (N, H, W, D) float32 or float16, standardised and projected; with --views K
      (K·N, H, W, D), row k·N + i being view k of image i.
 
@@ -70,15 +71,14 @@ def network_batches(
     images: np.ndarray,
     backbone: "Backbone",
     size: int,
-    first: int,
+    rows: np.ndarray,
     views: Views | None = None,
-    stop: int | None = None,
 ) -> Iterator:
-    """Batches of network input from stored images (N, 256, 256, 3), from row `first` to before `stop`.
+    """Batches of network input from stored images (N, 256, 256, 3); row k·N + i is view k of image i.
 
     Yields:
-        the index of the first row and the input (B, 3, h, w), cropped to the backbone's size. The mean is subtracted
-        before the crop, so a mean image of 256 × 256 is subtracted per pixel.
+        some of `rows` and their input (B, 3, h, w), cropped to the backbone's size. The mean is subtracted before the
+        crop, so a mean image of 256 × 256 is subtracted per pixel.
     """
     import torch
 
@@ -86,19 +86,18 @@ def network_batches(
 
     views = views or Views()
     crop = backbone.architecture.crop
-    stop = views.count * len(images) if stop is None else stop
     early = views.count == 1 and backbone.mean_image is None  # then a crop of bytes is the same, and less work
-    for start in range(first, stop, size):
-        rows = np.arange(start, min(start + size, stop))
-        batch = torch.from_numpy(images[rows % len(images)]).permute(0, 3, 1, 2)  # (B, 3, 256, 256)
+    for start in range(0, len(rows), size):
+        chosen = rows[start : start + size]
+        batch = torch.from_numpy(images[chosen % len(images)]).permute(0, 3, 1, 2)  # (B, 3, 256, 256)
         if early:
             batch = centre_crop(batch, *crop)
         batch = batch.to(torch.float32, memory_format=torch.contiguous_format).to(backbone.device)
         batch = backbone.preprocess(batch)
         if not early:
-            numbered = zip(batch, rows.tolist(), strict=True)
+            numbered = zip(batch, chosen.tolist(), strict=True)
             batch = torch.stack([views.cut(x, *divmod(row, len(images)), *crop) for x, row in numbered])
-        yield start, batch
+        yield chosen, batch
 
 
 @dataclass
@@ -161,6 +160,7 @@ def collect_statistics(
     layers: list[str],
     others: list[str],
     *,
+    rows: np.ndarray,
     pca_positions: int,
     batch_size: int,
     seed: int,
@@ -170,6 +170,7 @@ def collect_statistics(
     """Pass 1: moments of `layers` and `others`, and samples of `layers` for PCA.
 
     Args:
+        rows: of the images that are read, the training images.
         state: file where progress is kept while this runs.
     """
     import torch
@@ -177,9 +178,9 @@ def collect_statistics(
     from models.projection import Moments, draw_positions, positions_per_image
 
     architecture = backbone.architecture
-    per_image = positions_per_image(len(images), pca_positions)
+    per_image = positions_per_image(len(rows), pca_positions)
     taps = list(dict.fromkeys([*layers, *others]))
-    first, stop = distributed.span(len(images), batch_size)
+    first, stop = distributed.span(len(rows), batch_size)
     floats = (stop - first) * per_image * sum(architecture.channels(layer) for layer in layers)
     artefacts.check_memory("samples at --pca-positions", 4 * floats)
     statistics = Statistics(
@@ -189,20 +190,21 @@ def collect_statistics(
     )
     state, facts = artefacts.rank_path(state), {**facts, "rows": [first, stop]}
     statistics.restore(state, facts)
-    batches = network_batches(images, backbone, batch_size, statistics.done, None, stop)
+    batches = network_batches(images, backbone, batch_size, rows[statistics.done : stop])
     progress = Progress(stop - first, "statistics", "images", statistics.done - first)
     with progress, SafePoints() as signals, torch.no_grad():
-        for start, x in batches:
+        for numbers, x in batches:
+            done = statistics.done - first
             features = backbone(x, taps)
             for tap, values in features.items():
                 statistics.moments[tap].update(values)
             for layer in layers:
                 flat = features[layer].flatten(2)  # (B, C, H·W)
-                drawn = [draw_positions(seed, layer, i, per_image, flat.shape[2]) for i in range(start, start + len(x))]
+                drawn = [draw_positions(seed, layer, i, per_image, flat.shape[2]) for i in numbers.tolist()]
                 index = torch.from_numpy(np.stack(drawn)).to(flat.device)[:, None].expand(-1, flat.shape[1], -1)
                 sampled = flat.gather(2, index).transpose(1, 2).cpu()  # (B, positions, C)
-                statistics.samples[layer][start - first : start - first + len(x)] = sampled
-            statistics.done = start + len(x)
+                statistics.samples[layer][done : done + len(x)] = sampled
+            statistics.done += len(x)
             progress.update(len(x))
             if time.monotonic() - statistics.saved > SAVE_EVERY:
                 statistics.save(state, facts)
@@ -284,16 +286,16 @@ def write_features(
 
     marked = time.monotonic()
     products = {layer: [t.to(backbone.device) for t in p.as_product()] for layer, p in projections.items()}
-    batches = network_batches(images, backbone, batch_size, done, views, stop)
+    batches = network_batches(images, backbone, batch_size, np.arange(done, stop), views)
     progress = Progress(stop - first, "features", "images", done - first)
     with progress, SafePoints() as signals, torch.no_grad():
-        for start, x in batches:
+        for _, x in batches:
             for layer, features in backbone(x, list(products)).items():
                 weight, offset = products[layer]
                 for i, part in enumerate(features.split(PROJECTED_AT_ONCE)):
                     p = F.conv2d(part, weight[:, :, None, None], offset).permute(0, 2, 3, 1)  # (b, H, W, D)
-                    writers[layer].put(start + i * PROJECTED_AT_ONCE, p.cpu().numpy())
-            done = start + len(x)
+                    writers[layer].put(done + i * PROJECTED_AT_ONCE, p.cpu().numpy())
+            done += len(x)
             progress.update(len(x))
             if time.monotonic() - marked > SAVE_EVERY:
                 mark(done)
@@ -324,6 +326,14 @@ def get_parser() -> options.Parser:
     parser.add_argument("--batch-size", type=options.positive, default=16, help="images per forward pass")
     parser.add_argument("--limit", type=options.positive, help="use the first images only")
     parser.add_argument(
+        "--held-out",
+        type=options.count_or_file,
+        default=50,
+        metavar="COUNT|FILE",
+        help="images that are kept from statistics, PCA and training, to measure by: how many, or a text file of "
+        "their names (paper: none)",
+    )
+    parser.add_argument(
         "--pca-positions",
         type=options.positive,
         default=100_000,
@@ -353,9 +363,13 @@ def extract(args, folder: Path, device: "torch.device") -> None:
     from models.checkpoints import PROJECTION_PARTS
     from models.projection import Projection
     from pipeline.images import open_stored
+    from pipeline.splits import choose_held_out
 
     images, source = open_stored(args.images or args.root / "images.npy")
-    images = images[: args.limit]
+    images, names = images[: args.limit], source["names"][: args.limit]
+    held_out = choose_held_out(args.held_out, names, args.seed)
+    if len(held_out) == len(images):
+        raise UserError(f"--held-out leaves none of the {len(images)} images to train on: hold fewer out")
     program.announce(args, device)
     backbone, weights = networks.load_backbone(
         args, args.backbone, [*(args.layers or []), *(args.statistics or [])], device
@@ -372,12 +386,14 @@ def extract(args, folder: Path, device: "torch.device") -> None:
         **networks.weights_facts(backbone, weights),
         "images_sha256": source["content_sha256"],
         "num_images": len(images),
+        "held_out": [names[row] for row in held_out],
         "pca_positions": args.pca_positions,
         "seed": args.seed,
     }
     if args.overwrite:  # all of it, before any of it is made: what is killed in between leaves nothing that looks whole
         distributed.first(lambda: invalidate(folder, layers))
-    tensors = find_projections(images, backbone, layers, folder, facts, args, weights.source)
+    about = {"weights": weights.source, "sources": source.get("sources"), "names": names}
+    tensors = find_projections(images, backbone, layers, folder, facts, args, about, held_out)
     projections = {
         layer: Projection(**{n: tensors[f"{layer}.projection.{n}"] for n in PROJECTION_PARTS}) for layer in layers
     }
@@ -410,7 +426,8 @@ def find_projections(
     folder: Path,
     facts: artefacts.Facts,
     args,
-    source: str,
+    about: artefacts.Facts,
+    held_out: list[int],
 ) -> "dict[str, torch.Tensor]":
     """Tensors of projection.safetensors, which pass 1 makes where it is missing."""
     from models.checkpoints import read_tensors
@@ -429,6 +446,7 @@ def find_projections(
             backbone,
             layers,
             others,
+            rows=np.setdiff1d(np.arange(len(images)), held_out),
             pca_positions=args.pca_positions,
             batch_size=args.batch_size,
             seed=args.seed,
@@ -438,8 +456,9 @@ def find_projections(
 
         def write() -> None:
             tensors = projection_tensors(fit_projections(statistics, layers), statistics)
-            artefacts.write_tensors(path, tensors, {"layers": layers, "weights": source, **collected})
-            artefacts.write_json(artefacts.sidecar_path(path), {**collected, "versions": program.versions()})
+            shared = {key: about[key] for key in ("weights", "sources")}
+            artefacts.write_tensors(path, tensors, {"layers": layers, **shared, **collected})
+            artefacts.write_json(artefacts.sidecar_path(path), {**collected, **about, "versions": program.versions()})
 
         distributed.first(write)
     distributed.first(lambda: artefacts.discard(state))

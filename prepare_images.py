@@ -1,9 +1,9 @@
 """Stage 1: images on disk -> images.npy, what the networks are trained on.
 
-In:  --source, a folder (flat or nested), an uncompressed tar (ILSVRC2012_img_val.tar), a tar of tars
+In:  --source, one or more of: a folder (flat or nested), an uncompressed tar (ILSVRC2012_img_val.tar), a tar of tars
      (ILSVRC2012_img_train.tar), a text file with one path per line, or `samples`: random crops of the photos that
-     scikit-learn and scikit-image carry.
-Out: ROOT/images.npy (N, 256, 256, 3) uint8 RGB, resized by area averaging without regard to the aspect ratio; the
+     scikit-learn and scikit-image carry. Of several, names begin with the source's.
+Out: ROOT/images.npy (N, 256, 256, 3) uint8 RGB, resized by exact area averaging without regard to the aspect ratio; the
      names, in order, in its sidecar; ROOT/rejected.csv with the files that could not be read, and why.
 
     python prepare_images.py --source ILSVRC2012_img_val.tar --root out/alexnet
@@ -22,9 +22,10 @@ import numpy as np
 
 from models.errors import UserError
 from pipeline import artefacts, options, program
-from pipeline.images import STORED_SIZE, resize_to_square
+from pipeline.images import STORED_SIZE
 from pipeline.progress import Progress, SafePoints
-from pipeline.sources import Crop, Entry, fingerprint, list_images
+from pipeline.scaling import area_scale
+from pipeline.sources import Crop, Entry, count_by_source, fingerprint, list_images
 
 MOST_WORKERS = 64  # more threads would only hold more decoded images
 MARK_EVERY = 256  # images between two notes of progress on disk; more where many were rejected, as each is noted
@@ -33,7 +34,7 @@ MARK_EVERY = 256  # images between two notes of progress on disk; more where man
 def load_square(entry: Entry | Crop) -> np.ndarray | str:
     """One image as (256, 256, 3) uint8, or the reason why it cannot be read."""
     try:
-        return resize_to_square(entry.read())
+        return area_scale(entry.read(), STORED_SIZE, STORED_SIZE)
     except UserError as error:
         return str(error)
 
@@ -130,7 +131,9 @@ def write_rejected(out: Path, entries: list[Entry] | list[Crop], rejected: dict[
 def get_parser() -> options.Parser:
     """Options of this stage."""
     parser = options.stage_parser(__doc__)
-    parser.add_argument("--source", help="folder, tar, tar of tars, list file, or 'samples' (paper: ILSVRC2012 val)")
+    parser.add_argument(
+        "--source", nargs="+", help="folders, tars, tars of tars, list files, or 'samples' (paper: ILSVRC2012 val)"
+    )
     parser.add_argument("--out", type=options.writable_file, help="where to write (default: ROOT/images.npy)")
     parser.add_argument("--num-images", type=options.positive, help="a random subset of this size (paper: all)")
     parser.add_argument("--workers", type=options.positive, default=os.cpu_count() or 1, help="decoding threads")
@@ -148,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     entries = list_images(args.source, args.num_images, args.seed)
     facts = {
         "stage": "prepare_images",
-        "source": Path(args.source).name,
+        "sources": count_by_source(args.source, entries),
         "inputs_sha256": fingerprint(entries),
         "num_images": args.num_images,
         "seed": args.seed,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.errors import UserError
-from models.randomness import seed_for, split_images
+from models.randomness import seed_for
 from models.regularizers import REGULARIZERS, learning_rate_for, penalties_for
 from pipeline import artefacts, networks, options, program
 from pipeline.progress import Progress, SafePoints, Terminated
@@ -317,21 +317,19 @@ def held_out_rows(configuration: dict, images: artefacts.Facts) -> list[int]:
     """Rows of images.npy that no layer of the checkpoint was trained on, though its training knew them.
 
     Raises:
-        UserError: there are none, the layers were split differently, or these are other images.
+        UserError: there are none, the layers were split differently, or the images are not there.
     """
-    keys = ("num_images", "held_out", "seed", "images_sha256")
-    splits = [[facts.get(key) for key in keys] for facts in configuration["training"].values()]
+    from pipeline.splits import rows_of
+
+    splits = [facts.get("held_out_names") for facts in configuration["training"].values()]
     if not splits or any(split != splits[0] for split in splits):
         raise UserError("the layers of the checkpoint were trained on different splits: name rows with --rows")
-    count, held_out, seed, digest = splits[0]
-    if not held_out:
-        raise UserError("training held no images out: name rows with --rows")
-    if digest != images["content_sha256"]:
-        raise UserError("the checkpoint was trained on other images: give its images.npy with --images")
-    numbers = (count, held_out, seed)
-    if not all(type(number) is int and number >= 0 for number in numbers) or count > images["shape"][0]:
+    held = splits[0]
+    if not isinstance(held, list) or not all(isinstance(name, str) for name in held):
         raise UserError("the checkpoint does not say which images it held out: name rows with --rows")
-    return split_images(count, held_out, seed)[1].tolist()
+    if not held:
+        raise UserError("training held no images out: name rows with --rows")
+    return rows_of(held, images["names"], "the checkpoint")
 
 
 def read_source(source: Source, backbone: "Backbone", tap: str) -> "tuple[torch.Tensor, np.ndarray | None, str]":

@@ -55,7 +55,7 @@ def stage_commands(args: argparse.Namespace) -> dict[str, list[list[str]]]:
     weights += ["--mean-image", str(args.mean_image)] if args.mean_image else []
     weights += ["--cache", str(args.cache)] if args.cache else []
     image = str(args.image or sample_image())
-    prepare = ["--source", args.source] if args.source is not None else []
+    prepare = ["--source", *args.source] if args.source is not None else []
     prepare += ["--num-images", str(args.num_images)] if args.num_images else []
     layers = ["--layers", *args.layers] if args.layers else []
     train = ["--iterations", str(args.iterations)] if args.iterations else []
@@ -150,7 +150,9 @@ def get_parser() -> options.Parser:
     parser = options.stage_parser(__doc__)
     parser.set_defaults(preset="demo")
     options.add_weights_options(parser)
-    parser.add_argument("--source", help="training images, as for prepare_images.py (preset demo: sample photos)")
+    parser.add_argument(
+        "--source", nargs="+", help="training images, as for prepare_images.py (preset demo: sample photos)"
+    )
     parser.add_argument("--num-images", type=options.positive, help="a random subset of the source")
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to extract and train (default: six)")
     parser.add_argument("--iterations", type=options.positive, help="training updates (default: the preset's)")

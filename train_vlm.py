@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.errors import UserError
-from models.randomness import seed_for, split_images
+from models.randomness import seed_for
 from pipeline import artefacts, distributed, networks, options, program
 from pipeline.progress import Progress, SafePoints
 
@@ -169,6 +169,7 @@ class Run:
     Args:
         vlm: the model, initialised.
         features: stored features by layer.
+        training, held: rows of the images to train on and of those held out.
         configuration: what the checkpoint says of its inputs; with the schedule it determines the result, and a
             state of other inputs or another schedule is refused.
         precision: of `update`.
@@ -183,7 +184,8 @@ class Run:
         features: dict[str, np.ndarray],
         schedule: Schedule,
         configuration: artefacts.Facts,
-        held_out: int,
+        training: np.ndarray,
+        held: np.ndarray,
         device: "torch.device",
         precision: str = "float32",
         first_iteration: int = 0,
@@ -196,7 +198,7 @@ class Run:
         self.names = list(features)
         self.views = configuration["training"].get("views", 1)
         self.count = configuration["training"]["num_images"]
-        self.training, self.held = split_images(self.count, held_out, schedule.seed)
+        self.training, self.held = training, held
         self.watched = self.held if len(self.held) else self.training[:VALIDATION_BATCH]
         self.configuration = configuration
         self.facts = {**configuration["training"], **asdict(schedule), "held_out": len(self.held)}
@@ -472,11 +474,13 @@ def open_features(folder: Path, layers: list[str] | None) -> tuple[dict[str, np.
     from models.checkpoints import listed_layers, read_tensors
 
     path = folder / "projection.safetensors"
-    artefacts.read_sidecar(path, "extract_features.py")
+    names = artefacts.read_sidecar(path, "extract_features.py").get("names")
     tensors, configuration = read_tensors(path)
     there = listed_layers(configuration, path)
     if missing := [key for key in PROJECTION_FACTS if not isinstance(configuration.get(key), str)]:
         raise UserError(f"{path} does not state {missing[0]}: rerun extract_features.py --overwrite")
+    if not isinstance(names, list) or not isinstance(configuration.get("held_out"), list):
+        raise UserError(f"{path} does not say which images it is of: rerun extract_features.py --overwrite")
     for layer in layers or []:
         if layer not in there:
             there = ", ".join(there)
@@ -496,7 +500,7 @@ def open_features(folder: Path, layers: list[str] | None) -> tuple[dict[str, np.
         )
     if len({len(f) for f in features.values()}) > 1 or any(other != views[0] for other in views):
         raise UserError(f"{folder} holds features of differing images or views: rerun extract_features.py --overwrite")
-    return features, tensors, {**configuration, "projection_sha256": digest, "views": views[0]}
+    return features, tensors, {**configuration, "projection_sha256": digest, "views": views[0], "names": names}
 
 
 def check_features(path: Path, features: np.ndarray, views: artefacts.Facts, components: "torch.Tensor | None") -> None:
@@ -563,7 +567,14 @@ def get_parser() -> options.Parser:
     )
     parser.add_argument("--decay-factor", type=options.positive_number, default=0.1, help="paper: 0.1")
     parser.add_argument(
-        "--held-out", type=options.natural, default=50, help="images for the validation loss (paper: none)"
+        "--held-out",
+        type=options.count_or_file,
+        metavar="COUNT|FILE",
+        help="images for the validation loss: how many, or a text file of their names (default: those that stage 2 "
+        "kept from statistics and PCA; paper: none)",
+    )
+    parser.add_argument(
+        "--exclude", nargs="+", default=[], metavar="PATTERN", help="images, by name, that are not trained on either"
     )
     parser.add_argument(
         "--precision",
@@ -617,6 +628,12 @@ def train(args, features: dict[str, np.ndarray], tensors: dict, facts: dict, dev
     program.announce(args, device)
     check_precision(args.precision, device)
     vlm, configuration = build_model(tensors, list(features), args.seed), describe_inputs(facts, features)
+    training, held = split(args.held_out, args.exclude, facts, args.seed)
+    if not len(training):
+        raise UserError("nothing is left to train on: hold out or --exclude fewer images")
+    configuration["training"]["held_out_names"] = [facts["names"][row] for row in held]
+    if args.exclude:
+        configuration["training"]["exclude"] = args.exclude
     if args.init:
         init = {"sha256": start_from(args.init, vlm, configuration), "iteration": args.from_iteration}
         configuration["training"]["init"] = init
@@ -627,7 +644,8 @@ def train(args, features: dict[str, np.ndarray], tensors: dict, facts: dict, dev
         features,
         schedule,
         configuration,
-        args.held_out,
+        training,
+        held,
         device,
         args.precision,
         args.from_iteration,
@@ -642,6 +660,25 @@ def train(args, features: dict[str, np.ndarray], tensors: dict, facts: dict, dev
         print(f"going on after iteration {run.iteration}")
     run.train(args.log_every, args.checkpoint_every)
     print(f"{run.out}: {', '.join(features)} trained for {run.iteration} iterations")
+
+
+def split(
+    held_out: int | Path | None, exclude: list[str], facts: artefacts.Facts, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted rows of the training and of the held-out images.
+
+    Args:
+        held_out: how many, or a file of their names; None: those that were kept from the statistics.
+        exclude: shell patterns of names that are neither.
+    """
+    from pipeline.splits import choose_held_out, rows_matching, rows_of
+
+    names, kept = facts["names"], facts["held_out"]
+    held = rows_of(kept, names, "the projection") if held_out is None else choose_held_out(held_out, names, seed)
+    if leaked := [names[row] for row in held if names[row] not in set(kept)]:
+        print(f"note: statistics and PCA were fitted on {len(leaked)} of the {len(held)} held-out images", flush=True)
+    out = np.union1d(np.array(held, int), np.array(rows_matching(exclude, names), int))
+    return np.setdiff1d(np.arange(len(names)), out), np.array(held, int)
 
 
 def merge_files(files: list[Path], out: Path, root: Path, overwrite: bool) -> None:
@@ -730,6 +767,7 @@ def describe_inputs(facts: dict, features: dict[str, np.ndarray]) -> artefacts.F
     count = len(first) // facts["views"].get("views", 1)
     training = {"num_images": count, "images_sha256": facts["images_sha256"], "dtype": str(first.dtype)}
     training |= facts["views"]
+    shared = (*shared, "sources") if facts.get("sources") else shared
     return {**{key: facts.get(key) for key in shared}, "all_layers": facts["layers"], "training": training}
 
 

@@ -25,6 +25,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.ndimage import gaussian_filter, uniform_filter
 
+from pipeline.scaling import area_means
+
 METRICS = ("auc", "sauc", "nss", "cc", "sim", "kld")
 BLUR_SIGMA = 23.99  # pixels; the benchmark's blur of the fixations for CC, SIM and KLD, whatever the image's size
 KLD_EPSILON = 2.2204e-16  # the benchmark's, from the MATLAB code of the MIT benchmark
@@ -287,7 +289,7 @@ def spectral_residual(rgb: np.ndarray, blur: float = 0.03) -> np.ndarray:
     grey = rgb @ np.array([0.299, 0.587, 0.114])  # (H, W), ITU-R BT.601
     if np.ptp(grey) == 0:
         return np.zeros((height, width))
-    small = _area_weights(height, SPECTRAL_SIZE) @ grey @ _area_weights(width, SPECTRAL_SIZE).T  # (64, 64)
+    small = area_means(grey, SPECTRAL_SIZE, SPECTRAL_SIZE)  # (64, 64)
     spectrum = np.fft.fft2(small)
     amplitude = np.abs(spectrum)
     log_amplitude = np.log(np.maximum(amplitude, np.finfo(float).eps * amplitude.max()))  # zeros have no logarithm
@@ -296,14 +298,6 @@ def spectral_residual(rgb: np.ndarray, blur: float = 0.03) -> np.ndarray:
     if blur:
         squared = gaussian_filter(squared, blur * SPECTRAL_SIZE)
     return _linear_weights(SPECTRAL_SIZE, height) @ squared @ _linear_weights(SPECTRAL_SIZE, width).T  # (H, W)
-
-
-def _area_weights(size: int, cells: int) -> np.ndarray:
-    """(cells, size): each row averages the part of a line of `size` pixels that lies in one of `cells` equal cells."""
-    edges = np.arange(cells + 1) * (size / cells)
-    pixels = np.arange(size)
-    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return np.maximum(overlap, 0) * (cells / size)
 
 
 def _linear_weights(cells: int, size: int) -> np.ndarray:

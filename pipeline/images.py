@@ -22,6 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from models.errors import UserError
 from pipeline import artefacts
 from pipeline.program import printable
+from pipeline.scaling import area_scale
 
 STORED_SIZE = 256  # side of the training images (paper's code)
 MOST_BYTES = 1 << 30  # of an image file, more than any within Pillow's limit of pixels needs
@@ -264,19 +265,13 @@ def _finite(values: np.ndarray) -> np.ndarray:
     return np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def resize_to_square(rgb: np.ndarray, size: int = STORED_SIZE) -> np.ndarray:
-    """(H, W, 3) uint8 -> (size, size, 3) by area averaging, ignoring the aspect ratio (paper's code)."""
-    return np.asarray(Image.fromarray(rgb).resize((size, size), Image.Resampling.BOX))
-
-
 def limit_side(rgb: np.ndarray, max_side: int | None) -> np.ndarray:
-    """Shrink (H, W, 3) uint8 so that its longer side is at most `max_side`, keeping the aspect ratio."""
+    """Shrink (H, W, 3) uint8 so that its longer side is at most `max_side`, keeping the aspect ratio, by area."""
     height, width = rgb.shape[:2]
     if not max_side or max(height, width) <= max_side:
         return rgb
     scale = max_side / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BOX))
+    return area_scale(rgb, max(1, round(height * scale)), max(1, round(width * scale)))
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:

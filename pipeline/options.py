@@ -179,6 +179,11 @@ def writable_file(text: str) -> Path:
     return Path(text)
 
 
+def count_or_file(text: str) -> int | Path:
+    """argparse type: an integer from 0 up, or a file that is there and may be read."""
+    return natural(text) if text.strip().isdecimal() else readable_file(text)
+
+
 def add_weights_options(parser: argparse.ArgumentParser) -> None:
     """Options that say where the CNN's weights come from."""
     parser.add_argument(

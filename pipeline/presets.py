@@ -37,6 +37,7 @@ def _preset(backbone: str, *, batch: int, lr: float, faithful: bool, target: str
             "pca_positions": Setting(100_000, CODE),
             "dtype": Setting("float32", CODE),
             "batch_size": Setting(16, OURS),
+            "held_out": Setting(0 if faithful else 50, source),
         },
         "train_vlm": {
             "batch_size": Setting(batch, CODE),
@@ -46,7 +47,6 @@ def _preset(backbone: str, *, batch: int, lr: float, faithful: bool, target: str
             "decay_at": Setting([5_000, 10_000, 15_000], CODE),
             "decay_factor": Setting(0.1, CODE),
             "checkpoint_every": Setting(1_000, CODE),
-            "held_out": Setting(0 if faithful else 50, source),
         },
         "reconstruct": {
             "target": Setting(target, CODE if faithful else OURS),
@@ -65,14 +65,13 @@ def _preset(backbone: str, *, batch: int, lr: float, faithful: bool, target: str
 
 def _demo() -> dict[str, Stage]:
     preset = _preset("alexnet", batch=8, lr=10.0, faithful=False, target="pool5")
-    preset["prepare_images"] |= {"source": Setting(SAMPLES, OURS), "num_images": Setting(128, OURS)}
-    preset["extract_features"] |= {"pca_positions": Setting(20_000, OURS)}
+    preset["prepare_images"] |= {"source": Setting([SAMPLES], OURS), "num_images": Setting(128, OURS)}
+    preset["extract_features"] |= {"pca_positions": Setting(20_000, OURS), "held_out": Setting(16, OURS)}
     preset["train_vlm"] |= {
         "iterations": Setting(100, OURS),
         "decay_at": Setting(None, OURS),
         "joint_learning_rate": Setting(60.0, OURS),
         "checkpoint_every": Setting(25, OURS),
-        "held_out": Setting(16, OURS),
     }
     preset["reconstruct"] |= {"iterations": Setting(200, OURS)}
     return preset

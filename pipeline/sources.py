@@ -7,8 +7,8 @@ inside a tar, or inside a tar in a tar, is a range of bytes of the outer file.
 import hashlib
 import io
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
@@ -39,6 +39,7 @@ SAMPLE_PHOTOS = {  # package -> files inside it
 COMPRESSED = (b"\x1f\x8b", b"\x1f\x9d", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 IS_FOLDER = "is a folder"
 MOST_CROPS = 1_000_000
+SAMPLE_CROPS = 256  # where no number is given
 SMALLEST_CROP = 0.35  # of a photo's shorter side
 EXPECTED = (
     "give a folder of images (flat, or one folder per class), an uncompressed tar of them "
@@ -90,19 +91,57 @@ class Crop:
         return rgb[top : top + side, left : left + side]
 
 
-def list_images(source: str, num_images: int | None, seed: int) -> list[Entry] | list[Crop]:
-    """All images of a source sorted by name, or a reproducible subset of `num_images`, still sorted.
+def list_images(source: str | Sequence[str], num_images: int | None, seed: int) -> list[Entry] | list[Crop]:
+    """All images of one or more sources sorted by name, or a reproducible subset of `num_images`, still sorted.
 
-    Where there are fewer, all are taken.
+    Where there are fewer, all are taken. Of several sources, names begin with the source's, see `source_labels`.
 
     Args:
-        source: path of a folder, tar or list file, or `samples`.
+        source: path of a folder, tar or list file, or `samples`; or some of these.
 
     Raises:
         UserError: nothing there, not readable, no images.
     """
-    if source == SAMPLES:
-        return _sample_crops(num_images or 256, seed)
+    sources = [source] if isinstance(source, str) else list(source)
+    if sources == [SAMPLES]:
+        return _sample_crops(num_images or SAMPLE_CROPS, seed)
+    if len(sources) == 1:
+        entries = _entries_of(sources[0])
+    else:
+        entries = [
+            replace(entry, name=f"{label}/{entry.name}")
+            for label, place in source_labels(sources).items()
+            for entry in (_sample_crops(SAMPLE_CROPS, seed) if place == SAMPLES else _entries_of(place))
+        ]
+    if num_images is not None and num_images < len(entries):
+        chosen = np.random.default_rng(seed_for(seed, "subset")).choice(len(entries), num_images, replace=False)
+        entries = [entries[i] for i in sorted(chosen)]
+    return entries
+
+
+def source_labels(sources: Sequence[str]) -> dict[str, str]:
+    """Sources by a short name: the file's or folder's without extension, with a number where two have the same."""
+    labels: dict[str, str] = {}
+    for source in sources:
+        stem = printable(Path(source).resolve().stem)
+        number = sum(label == stem or label.startswith(f"{stem}-") for label in labels)
+        labels[f"{stem}-{number + 1}" if number else stem] = source
+    return dict(sorted(labels.items()))
+
+
+def count_by_source(source: str | Sequence[str], entries: Sequence["Entry | Crop"]) -> dict[str, int]:
+    """How many of the entries that `list_images` gave are of each source, by its name."""
+    sources = [source] if isinstance(source, str) else list(source)
+    if len(sources) == 1:
+        return {Path(sources[0]).name: len(entries)}
+    counts = dict.fromkeys(source_labels(sources), 0)
+    for entry in entries:
+        counts[entry.name.partition("/")[0]] += 1
+    return counts
+
+
+def _entries_of(source: str) -> list[Entry]:
+    """All images of one folder, tar or list file, sorted by name."""
     path = Path(source)
     if not path.exists():
         raise UserError(f"{source} does not exist: {EXPECTED}")
@@ -121,9 +160,6 @@ def list_images(source: str, num_images: int | None, seed: int) -> list[Entry] |
         raise UserError(f"{source} holds no files: {EXPECTED}")
     entries.sort(key=lambda e: (e.name, e.offset))
     _mark_duplicates(entries)
-    if num_images is not None and num_images < len(entries):
-        chosen = np.random.default_rng(seed_for(seed, "subset")).choice(len(entries), num_images, replace=False)
-        entries = [entries[i] for i in sorted(chosen)]
     return entries
 
 

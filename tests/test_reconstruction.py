@@ -16,6 +16,7 @@ from models import objective
 from models.backbones import ARCHITECTURES, Backbone, random_parameters
 from models.descent import MomentumSGD, Schedule
 from models.errors import UserError
+from models.randomness import split_images
 from models.regularizers import IMAGE_NORM, REGULARIZERS, Regularizer, learning_rate_for, penalties_for
 from models.vlm import VisualLanguageModel
 from tests.conftest import RUN, make_photo
@@ -260,18 +261,20 @@ def test_several_inputs_go_into_folders_of_their_own(
 def test_held_out_rows(workspace: Path, tmp_path: Path) -> None:
     assert run(workspace, "--held-out", "--regularizer", "none", "--iterations", 1, "--out", tmp_path / "out") == 0
     (folder,) = (tmp_path / "out").glob("[!.]*")  # a tenth of ten images
-    training, held = reconstruct.split_images(10, 16, 3)
+    training, held = split_images(10, 16, 3)
     assert folder.name.startswith(f"{held[0]:05d}-") and held[0] not in training
     configuration = json.loads((workspace / "vlm.safetensors.json").read_text())
     facts = json.loads((workspace / "images.npy.json").read_text())
     assert reconstruct.held_out_rows(configuration, facts) == held.tolist()
-    with pytest.raises(UserError, match="trained on other images"):
-        reconstruct.held_out_rows(configuration, {"content_sha256": "0"})
-    configuration["training"]["conv5"]["held_out"] = 2
+    moved = {**facts, "names": ["other.png", *(f"elsewhere/{name}" for name in facts["names"])]}
+    assert reconstruct.held_out_rows(configuration, moved) == (held + 1).tolist(), "found by name among more images"
+    with pytest.raises(UserError, match="which none of the 1 images is called"):
+        reconstruct.held_out_rows(configuration, {"names": ["other.png"]})
+    configuration["training"]["conv5"]["held_out_names"] = []
     with pytest.raises(UserError, match="different splits"):
         reconstruct.held_out_rows(configuration, facts)
     for layer in configuration["training"].values():
-        layer["held_out"] = 0
+        layer["held_out_names"] = []
     with pytest.raises(UserError, match="held no images out"):
         reconstruct.held_out_rows(configuration, facts)
 

@@ -451,7 +451,7 @@ def test_a_view_is_a_mirrored_crop_of_its_image() -> None:
 
 def test_training_draws_every_view_and_no_held_out_image() -> None:
     schedule = train_vlm.Schedule(1, 8, 1.0, 0.9, (), 0.1, 0)
-    training, held = train_vlm.split_images(40, 4, 0)
+    training, held = split_images(40, 4, 0)
     rows = np.concatenate([schedule.batch(i, training, 3, 40) for i in range(200)])
     assert set(rows // 40) == {0, 1, 2}
     assert not set(rows % 40) & set(held)

@@ -379,10 +379,7 @@ def test_spectral_residual_edge_cases():
 
 def test_resizing_weights_keep_constants_and_means():
     for size in (1, 50, 64, 200):
-        area, linear = metrics._area_weights(size, 64), metrics._linear_weights(64, size)
-        np.testing.assert_allclose(area.sum(1), 1)
-        np.testing.assert_allclose(linear.sum(1), 1)
-        np.testing.assert_allclose(area.sum(0), 64 / size)
+        np.testing.assert_allclose(metrics._linear_weights(64, size).sum(1), 1)
     np.testing.assert_allclose(metrics._linear_weights(4, 8) @ np.arange(4), [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
 
 

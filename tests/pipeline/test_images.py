@@ -36,9 +36,9 @@ from pipeline.images import (
     output_name,
     output_names,
     read_rgb,
-    resize_to_square,
     to_rgb_array,
 )
+from pipeline.scaling import area_scale
 from pipeline.sources import list_images
 from tests.conftest import make_photo
 from tests.models.weights.test_weights import TINY
@@ -123,7 +123,7 @@ def test_missing_folder_and_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_resizing() -> None:
     blocks = np.kron(np.arange(4, dtype=np.uint8).reshape(2, 2, 1) * 50, np.ones((128, 256, 3), np.uint8))
-    small = resize_to_square(blocks.astype(np.uint8))
+    small = area_scale(blocks.astype(np.uint8), 256, 256)
     assert small.shape == (256, 256, 3)
     assert small[0, 0, 0] == 0 and small[0, 255, 0] == 50 and small[255, 0, 0] == 100, "rows and columns in place"
     doubled = np.repeat(np.repeat(RGB, 2, axis=0), 2, axis=1)
@@ -166,7 +166,7 @@ def test_tar_folder_list_and_tar_of_tars_give_the_same(tmp_path: Path) -> None:
             add(outer, f"n0{i}.tar", inner.getvalue())
     listing = tmp_path / "list.txt"
     listing.write_text("".join(f"folder/{i}.png\n" for i in (1, 0, 2)))
-    expected = np.stack([resize_to_square(make_photo(i, 30 + i, 40)) for i in range(3)])
+    expected = np.stack([area_scale(make_photo(i, 30 + i, 40), 256, 256) for i in range(3)])
     for source, names in (
         (flat, ["0.png", "1.png", "2.png"]),
         (folder, ["0.png", "1.png", "2.png"]),

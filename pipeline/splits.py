@@ -1,0 +1,67 @@
+"""Which images are trained on, and which are held out to measure by."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from models.errors import UserError
+from models.randomness import split_images
+from pipeline.program import printable
+
+
+def choose_held_out(wanted: int | Path, names: Sequence[str], seed: int) -> list[int]:
+    """Sorted rows of the images to hold out.
+
+    Args:
+        wanted: how many, drawn from the seed (never more than a tenth), or a text file of names, one a line.
+        names: of all images, in order.
+
+    Raises:
+        UserError: the file cannot be read as text, or names what is not there.
+    """
+    if isinstance(wanted, int):
+        return split_images(len(names), wanted, seed)[1].tolist()
+    try:
+        lines = wanted.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{wanted} is no text file: give names of images to hold out, one a line") from None
+    return rows_of([line.strip() for line in lines if line.strip()], names, str(wanted))
+
+
+def rows_of(wanted: Sequence[str], names: Sequence[str], where: str) -> list[int]:
+    """Sorted rows of the images that `wanted` names, in full or by the last part of their path.
+
+    Raises:
+        UserError: a name is of no image, or of several; `where` says whose name it is.
+    """
+    whole = {name: [row] for row, name in enumerate(names)}
+    last: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        last.setdefault(PurePosixPath(name).name, []).append(row)
+    rows = set()
+    for name in wanted:
+        found = whole.get(name) or last.get(PurePosixPath(name).name, [])
+        if len(found) != 1:
+            what = "none" if not found else f"{len(found)}"
+            raise UserError(f"{where} names {printable(name)!r}, which {what} of the {len(names)} images is called")
+        rows.add(found[0])
+    return sorted(rows)
+
+
+def rows_matching(patterns: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Rows of the images whose name, or its last part, matches one of some shell patterns.
+
+    Raises:
+        UserError: a pattern that no name matches.
+    """
+    rows: set[int] = set()
+    for pattern in patterns:
+        found = {
+            row
+            for row, name in enumerate(names)
+            if fnmatchcase(name, pattern) or fnmatchcase(PurePosixPath(name).name, pattern)
+        }
+        if not found:
+            raise UserError(f"no image is called like {pattern!r}, the first is {names[0]!r}: give another --exclude")
+        rows |= found
+    return sorted(rows)
