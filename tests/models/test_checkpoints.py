@@ -117,7 +117,10 @@ def training_run(root: Path) -> train_vlm.Run:
     configuration["training"] = {"num_images": 12}
     schedule = train_vlm.Schedule(8, 1, 0.1, 0.9, (2, 4, 6), 0.1, 0)
     vlm = tiny_model()
-    return train_vlm.Run(root, root / "vlm.safetensors", vlm, features, schedule, configuration, 1, torch.device("cpu"))
+    split = np.arange(1, 10), np.arange(1)
+    return train_vlm.Run(
+        root, root / "vlm.safetensors", vlm, features, schedule, configuration, *split, torch.device("cpu")
+    )
 
 
 def training_case(folder: Path) -> Case:
