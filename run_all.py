@@ -24,19 +24,6 @@ STAGE_NUMBERS = {str(number): name for number, name in enumerate(STAGES, start=1
 
 NOT_SHARED = ("prepare_images", "reconstruct")  # stages of one process
 
-RULES = {  # what no option sets, for --dry-run
-    "images": "256×256 by area averaging, centre crop, no augmentation (original code)",
-    "mean": "per pixel in training, per channel at test, for the Caffe backbones (original code)",
-    "PCA": "positions//images + 1 per image, with replacement; half of the components; not whitened (original code)",
-    "language models": "weights N(0, 0.01²), biases 0, hidden size as many as components, two layers (original code)",
-    "loss": "ramp 0, 1/(T-1), …; mean of four directions, then of the layers (original code)",
-    "momentum": "set to zero at every decay (original code)",
-    "reconstruction": "learning rate 2^19 of pixels in 0-255; λ 1, 1e-1, 1e-2, 1e-3, 1e-4 from conv1 on, none of data; "
-    "σ of the target per unit over the training images (original code)",
-    "start of reconstruction": "noise with mean and std of the data layer (original code), seeded (ours)",
-    "pictures": "clipped to 0-255, truncated to bytes (original code)",
-}
-
 
 def stage_name(text: str) -> str:
     """argparse type: a stage by number or name."""
@@ -51,6 +38,8 @@ def stage_commands(args: argparse.Namespace) -> dict[str, list[list[str]]]:
     common = ["--preset", args.preset, "--root", str(args.root), "--device", args.device, "--seed", str(args.seed)]
     if args.overwrite:
         common.append("--overwrite")
+    if args.verbose:
+        common.append("--verbose")
     weights = ["--weights", args.weights]
     weights += ["--mean-image", str(args.mean_image)] if args.mean_image else []
     weights += ["--cache", str(args.cache)] if args.cache else []
@@ -86,39 +75,48 @@ def run_stage(name: str, argv: list[str]) -> None:
 
 
 def print_plan(args: argparse.Namespace) -> None:
-    """Every stage's command, every value of the preset with its source, and what the stage will cost."""
+    """Every stage's commands, every value that they will use with its source, and what the stage will cost."""
+    import importlib
+
     from models.backbones import ARCHITECTURES
     from pipeline import plan
 
-    preset = PRESETS[args.preset]
-    architecture = ARCHITECTURES[preset["extract_features"]["backbone"].value]
-    images = args.num_images or preset["prepare_images"]["num_images"].value or plan.PAPER_IMAGES
+    used = {}
+    for stage, commands in stage_commands(args).items():
+        parser = importlib.import_module(stage).get_parser()
+        used[stage] = [(argv, options.parse_args(parser, argv, stage)) for argv in commands]
+    for _, stage_args in used["reconstruct"]:
+        importlib.import_module("reconstruct").resolve_defaults(stage_args, "")
+    first = {stage: parsed[0][1] for stage, parsed in used.items()}
+    architecture = ARCHITECTURES[first["extract_features"].backbone]
+    layers = args.layers or list(architecture.vlm_layers)
+    images = first["prepare_images"].num_images or plan.PAPER_IMAGES
     costs = plan.costs(
         architecture,
         images,
-        args.layers or list(architecture.vlm_layers),
-        batch=preset["train_vlm"]["batch_size"].value,
-        iterations=args.iterations or preset["train_vlm"]["iterations"].value,
-        reconstruction_iterations=args.reconstruction_iterations or preset["reconstruct"]["iterations"].value,
-        itemsize=2 if preset["extract_features"]["dtype"].value == "float16" else 4,
+        layers,
+        batch=first["train_vlm"].batch_size,
+        iterations=first["train_vlm"].iterations,
+        reconstruction_iterations=first["reconstruct"].iterations,
+        pca_positions=first["extract_features"].pca_positions,
+        itemsize=2 if first["extract_features"].dtype == "float16" else 4,
         processes=args.processes,
     )
-    commands = stage_commands(args)
-    for stage in STAGES:
+    for stage, parsed in used.items():
         print(f"\n{stage}.py")
-        for argv in commands[stage]:
+        for argv, stage_args in parsed:
             print(f"  $ python {stage}.py {shlex.join(argv)}")
-        for key, setting in preset[stage].items():
-            print(f"    {key:<22} {setting.value!s:<28} {setting.source}")
-        cost, alone = costs[stage], stage in NOT_SHARED
-        disk, memory, read, sent = map(artefacts.format_bytes, (cost.disk, cost.memory, cost.read, cost.network))
-        hours = cost.hours(args.gflops, 1 if alone else args.processes)
+            for name, (value, source) in plan.values_used(stage, args.preset, vars(stage_args), layers).items():
+                print(f"    {name:<22} {options.show(value):<28} {source}")
+        for rule in plan.rules(stage, architecture, first["reconstruct"].target):
+            print(f"    {rule.value} ({rule.source})")
+        cost, processes = costs[stage], 1 if stage in NOT_SHARED else args.processes
+        hours = cost.hours(args.gflops, processes)
         took = f"{hours:.2g} h" if hours >= 0.1 else f"{3600 * hours:.2g} s"
-        by, network = f"at {args.gflops:g} GFLOP/s", ""
-        if args.processes > 1 and not alone:
-            by, network = f"{by} of each of {args.processes} processes", f", each sends {sent}"
-        print(f"    computed: disk {disk}, memory {memory}, {took} of arithmetic {by}, reads {read}{network}")
-    print(f"\ncomputed for {images} images; " + "; ".join(f"{name}: {value}" for name, value in RULES.items()))
+        disk, memory = artefacts.format_bytes(cost.disk), artefacts.format_bytes(cost.memory)
+        each = f" of each of {processes} processes" if processes > 1 else ""
+        print(f"    computed: disk {disk}, memory {memory}, {took} of arithmetic at {args.gflops:g} GFLOP/s{each}")
+    print(f"\ncomputed for {images} images")
 
 
 def figure(args: argparse.Namespace) -> Path:

@@ -18,6 +18,8 @@ from benchmarks.networks import make_backbone, make_projection
 from benchmarks.timing import SEED, Figure, Report, Setup, ratio, seconds
 from models.backbones import ARCHITECTURES, Backbone
 from pipeline import artefacts
+from pipeline.features import FeatureFiles, feature_facts
+from pipeline.views import Views, network_batches
 
 POSITIONS = 3  # per image for PCA, as with 50,000 images
 GOAL = 0.9
@@ -52,7 +54,8 @@ class Work:
             self.backbone.to(memory_format=torch.channels_last)
         shape = (case.images, 256, 256, 3)
         self.images = np.random.default_rng(SEED).integers(0, 256, shape, dtype=np.uint8)
-        self.batches = [x for _, x in extract_features.network_batches(self.images, loaded, case.batch, 0)]
+        self.rows = np.arange(case.images)
+        self.batches = [x for _, x in network_batches(self.images, loaded, case.batch, self.rows)]
         self.projections = {layer: make_projection(architecture.channels(layer)) for layer in case.layers}
         self.folder = setup.folder / case.name
 
@@ -74,6 +77,7 @@ class Work:
             self.backbone,
             list(self.case.layers),
             list(self.case.others),
+            rows=self.rows,
             pca_positions=POSITIONS * len(self.images) - 1,
             batch_size=self.case.batch,
             seed=SEED,
@@ -83,9 +87,8 @@ class Work:
 
     def facts(self) -> dict[str, artefacts.Facts]:
         """What the features of every layer must state."""
-        views = extract_features.Views()
         facts = {
-            layer: extract_features.feature_facts(self.images, self.backbone, layer, p.size, views, {})
+            layer: feature_facts(len(self.images), self.backbone, layer, p.size, Views(), {})
             for layer, p in self.projections.items()
         }
         return {layer: {**f, "dtype": "float32"} for layer, f in facts.items()}
@@ -97,10 +100,9 @@ class Work:
                 self.images,
                 self.backbone,
                 self.projections,
-                self.folder,
+                FeatureFiles(self.folder, self.facts(), (0, len(self.images))),
                 batch_size=self.case.batch,
-                views=extract_features.Views(),
-                facts=self.facts(),
+                views=Views(),
             )
 
     def plain_write(self) -> None:

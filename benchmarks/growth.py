@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-import train_vlm
 from benchmarks import training
 from benchmarks.networks import make_backbone, make_projection
 from benchmarks.timing import SEED, Figure, Report, Setup, exponent, seconds
+from models.training import update as update_models
 from models.unnaturalness import BLUR, postprocess, unnaturalness_map
 from models.vlm import VisualLanguageModel
 from pipeline import plan
@@ -83,7 +83,7 @@ def update(setup: Setup) -> list[Report]:
             sizes = {"conv5": (side, side, d)}
             models, projected = training.make_models(sizes, setup), training.draw(sizes, batch, setup)
             arguments = (models, projected, training.optimizer_of(models))
-            functions[size] = lambda arguments=arguments: train_vlm.update(*arguments)
+            functions[size] = lambda arguments=arguments: update_models(*arguments)
             flops[size] = training.flops(sizes, batch)
         reports.append(fit(what, flops, functions, setup))
     return reports

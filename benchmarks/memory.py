@@ -15,7 +15,9 @@ import torch
 import train_vlm
 from benchmarks.timing import SEED, Figure, Report, Setup, ratio, seconds
 from benchmarks.training import make_models, optimizer_of
+from models import training
 from pipeline import artefacts
+from pipeline.features import open_features, read_batch
 
 ROOT = Path(__file__).parent.parent
 LAYER = "conv5"
@@ -30,6 +32,7 @@ def write_features(folder: Path, count: int, height: int, width: int, size: int)
     parts = {"mean": size, "std": size, "pca_mean": size, "components": (size, size)}
     tensors = {f"{LAYER}.projection.{part}": torch.ones(shape) for part, shape in parts.items()}
     facts = {"layers": [LAYER], "backbone": "alexnet", "images_sha256": "", "weights": "", "weights_sha256": ""}
+    facts |= {"names": [str(i) for i in range(count)], "held_out": []}
     artefacts.write_tensors(path, tensors, facts)
     artefacts.write_json(artefacts.sidecar_path(path), facts)
     noted = {"projection_sha256": artefacts.file_sha256(path)}
@@ -43,14 +46,14 @@ def measure_speed(setup: Setup) -> Figure:
     """Updates per second from the map over those from memory; conv5 of alexnet, batch 16."""
     count, (height, width, size), batch = (6, (4, 4, 6), 2) if setup.quick else (256, (13, 13, 128), 16)
     write_features(setup.folder / "speed", count, height, width, size)
-    mapped = train_vlm.open_features(setup.folder / "speed", [LAYER])[0][LAYER]
+    mapped = open_features(setup.folder / "speed", [LAYER]).stored[LAYER]
     models = make_models({LAYER: (height, width, size)}, setup)
     optimizer = optimizer_of(models)
     generator = np.random.default_rng(SEED)
 
     def update(features: np.ndarray) -> None:
         rows = generator.integers(0, count, batch)
-        train_vlm.update(models, {LAYER: train_vlm.read_batch(features, rows, setup.device)}, optimizer)
+        training.update(models, {LAYER: read_batch(features, rows, setup.device)}, optimizer)
 
     stored = np.array(mapped)
     took = seconds({"mapped": lambda: update(mapped), "in memory": lambda: update(stored)}, setup)

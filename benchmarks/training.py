@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-import train_vlm
 from benchmarks import direct
 from benchmarks.timing import SEED, Figure, MatrixProduct, Report, Setup, ratio, seconds
+from models import training
 from models.backbones import ARCHITECTURES
 from models.descent import MomentumSGD
 from models.vlm import LayerModel, layer_loss
@@ -62,7 +62,7 @@ def make_models(sizes: Mapping[str, tuple[int, int, int]], setup: Setup) -> dict
 def update_by(
     loss: Callable[[Tensor, LayerModel], Tensor], models: Mapping[str, LayerModel], projected: Mapping[str, Tensor]
 ) -> Update:
-    """`train_vlm.update` with another way to compute the loss."""
+    """`models.training.update` with another way to compute the loss."""
     optimizer = optimizer_of(models)
 
     def update() -> dict[str, float]:
@@ -91,7 +91,7 @@ def variants(sizes: Mapping[str, tuple[int, int, int]], batch: int, setup: Setup
     ours = copy.deepcopy(models)
     optimizer = optimizer_of(ours)
     return {
-        "ours": lambda: train_vlm.update(ours, projected, optimizer),
+        "ours": lambda: training.update(ours, projected, optimizer),
         "direct": update_by(direct.layer_loss, copy.deepcopy(models), projected),
         "nn.LSTM": update_by(layer_loss, copy.deepcopy(models), projected),
     }

@@ -19,7 +19,7 @@ from torch import Tensor
 from models.backbones import ARCHITECTURES
 from models.errors import UserError
 from models.projection import Projection
-from models.vlm import LayerModel, VisualLanguageModel
+from models.vlm import CELLS, PAPER_CELL, LayerModel, VisualLanguageModel
 
 FORMAT = "cnn-vlm 1"
 PROJECTION_PARTS = ("mean", "std", "components", "pca_mean")
@@ -78,19 +78,22 @@ def vlm_tensors(vlm: VisualLanguageModel, dtype: torch.dtype = torch.float32) ->
 
 
 def vlm_from_tensors(
-    tensors: Mapping[str, Tensor], layers: list[str], source: object = "checkpoint"
+    tensors: Mapping[str, Tensor],
+    layers: list[str],
+    source: object = "checkpoint",
+    cells: Mapping[str, str] | None = None,
 ) -> VisualLanguageModel:
-    """Rebuild a model from the tensors of `vlm_tensors`, whatever their precision.
+    """Rebuild a model from the tensors of `vlm_tensors`, whatever their precision; `cells` as it was made with.
 
     Raises:
         UserError: a tensor is missing, left over, of another shape or type, or not finite.
     """
-    tensors = dict(tensors)
+    tensors, cells = dict(tensors), cells or {}
     _check_finite(tensors, source)
     projections, states = {}, {}
     for layer in layers:
         projections[layer] = take_projection(tensors, layer, source)
-        expected = _state_shapes(projections[layer].size)
+        expected = _state_shapes(projections[layer].size, cells.get(layer, PAPER_CELL))
         prefix = f"{layer}."
         states[layer] = {n.removeprefix(prefix): tensors.pop(n) for n in list(tensors) if n.startswith(prefix)}
         for name in sorted(expected.keys() | states[layer].keys()):
@@ -101,16 +104,16 @@ def vlm_from_tensors(
     statistics = take_statistics(tensors, source)
     if tensors:
         raise UserError(f"{source}: unexpected tensor {next(iter(tensors))!r:.80}: give another file")
-    vlm = VisualLanguageModel(projections, statistics)
+    vlm = VisualLanguageModel(projections, statistics, cells)
     for layer, state in states.items():
         vlm.layers[layer].load_state_dict(state)
     return vlm
 
 
-def _state_shapes(size: int) -> dict[str, tuple[int, ...]]:
+def _state_shapes(size: int, cell: str) -> dict[str, tuple[int, ...]]:
     """Shapes of a `LayerModel`'s state, without its memory: a small file may announce a large model."""
     with torch.device("meta"):
-        return {name: tuple(value.shape) for name, value in LayerModel(size).state_dict().items()}
+        return {name: tuple(value.shape) for name, value in LayerModel(size, cell).state_dict().items()}
 
 
 def _check_finite(tensors: Mapping[str, Tensor], source: object) -> None:
@@ -201,10 +204,22 @@ def load_vlm(path: Path) -> tuple[VisualLanguageModel, dict[str, Any]]:
         raise UserError(f"{path} does not say which backbone it reads: give another file")
     if not isinstance(training, dict) or not all(isinstance(facts, dict) for facts in training.values()):
         raise UserError(f"{path} does not say how its layers were trained: give another file")
-    vlm = vlm_from_tensors(tensors, layers, path)
+    vlm = vlm_from_tensors(tensors, layers, path, _cells(training, path))
     channels = {layer: len(projection.mean) for layer, projection in vlm.projections.items()}
     check_channels(channels | {tap: len(values["mean"]) for tap, values in vlm.statistics.items()}, backbone, path)
     return vlm, configuration
+
+
+def _cells(training: Mapping[str, Mapping[str, Any]], path: Path) -> dict[str, str]:
+    """Kind of recurrent model by layer, as their training facts state it."""
+    cells = {layer: facts.get("cell", PAPER_CELL) for layer, facts in training.items()}
+    for layer, cell in cells.items():
+        if not isinstance(cell, str) or cell not in CELLS:
+            raise UserError(
+                f"{path} has a {cell!r:.40} for {layer}, which this version has not (it has {', '.join(CELLS)}): "
+                "give another file"
+            )
+    return cells
 
 
 def check_channels(channels: Mapping[str, int], backbone: str, path: Path) -> None:

@@ -33,6 +33,14 @@ INITIAL_STD = 0.01  # paper: weights from N(0, 0.01²), biases 0
 
 Predictor = Callable[[Tensor], Tensor]
 
+# Kinds of recurrent model by name: from D to a module that maps sequences (T, B, D) to hidden states (T, B, D) and
+# something else, usually its last state. The module keeps its weights in parameters called `…weight…` and `…bias…`.
+CELLS: dict[str, Callable[[int], nn.Module]] = {
+    "lstm": lambda size: nn.LSTM(size, size, num_layers=2),
+    "gru": lambda size: nn.GRU(size, size, num_layers=2),
+}
+PAPER_CELL = "lstm"
+
 
 def to_sequences(p: Tensor, direction: str) -> Tensor:
     """Feature map (N, D, H, W) -> sequences (T, B, D) in reading order."""
@@ -129,15 +137,19 @@ def trivial_losses(p: Tensor) -> dict[str, float]:
 
 
 class DirectionalModel(nn.Module):
-    """Two stacked LSTMs of hidden size D and a linear map D → D, reading in one direction.
+    """A recurrent model of hidden size D, the paper's two stacked LSTMs, and a linear map D → D, in one direction.
 
     PyTorch's gates stand in the order input, forget, cell, output. Its second bias stays frozen at zero: the
     paper's LSTM has one, and with two gradient descent would move it twice as fast.
+
+    Args:
+        cell: one of `CELLS`, and the name of the recurrent part.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, cell: str = PAPER_CELL):
         super().__init__()
-        self.lstm = nn.LSTM(size, size, num_layers=2)
+        self.cell = cell
+        self.add_module(cell, CELLS[cell](size))
         self.linear = nn.Linear(size, size)
         for name, parameter in self.named_parameters():
             if "bias" in name:
@@ -153,12 +165,12 @@ class DirectionalModel(nn.Module):
 
     def forward(self, seen: Tensor) -> Tensor:
         """Sequences (T, B, D) -> predictions (T, B, D) of the step that follows each."""
-        hidden, _ = self.lstm(seen.contiguous())
+        hidden, _ = self.get_submodule(self.cell)(seen.contiguous())
         return self.linear(hidden)
 
 
 def fused_layer_loss(p: Tensor, models: Mapping[str, DirectionalModel]) -> Tensor:
-    """`layer_loss` on square maps, the four directions at once; equal to float32 rounding."""
+    """`layer_loss` of LSTMs on square maps, the four directions at once; equal to float32 rounding."""
     four = [models[direction] for direction in DIRECTIONS]
 
     def stacked(name: str) -> Tensor:
@@ -178,11 +190,11 @@ def fused_layer_loss(p: Tensor, models: Mapping[str, DirectionalModel]) -> Tenso
 
 
 class LayerModel(nn.ModuleDict):
-    """The language model of one layer: an independent `DirectionalModel` per direction."""
+    """The language model of one layer: an independent `DirectionalModel` of one of `CELLS` per direction."""
 
-    def __init__(self, size: int):
-        super().__init__({direction: DirectionalModel(size) for direction in DIRECTIONS})
-        self.size = size
+    def __init__(self, size: int, cell: str = PAPER_CELL):
+        super().__init__({direction: DirectionalModel(size, cell) for direction in DIRECTIONS})
+        self.size, self.cell = size, cell
 
     def initialise(self, seed: int, layer: str) -> None:
         """Draw initial weights; they depend on the seed, the layer and the direction only."""
@@ -200,7 +212,7 @@ class LayerModel(nn.ModuleDict):
         Measured on CPUs, against four nn.LSTM: with as many sequences as components and more it is up to 1.6 times as
         fast, 3 times for two components; with fewer sequences its products are too thin.
         """
-        square = p.shape[2] == p.shape[3] > 1
+        square = self.cell == "lstm" and p.shape[2] == p.shape[3] > 1
         plain = p.device.type == "cpu" and p.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         return square and plain and p.shape[0] * p.shape[2] >= self.size
 
@@ -216,12 +228,20 @@ class VisualLanguageModel(nn.Module):
         projections: by layer.
         statistics: by tap, mean and std (C,) of raw features, for all taps that were measured, `data` and the
             reconstruction targets among them.
+        cells: one of `CELLS` by layer, where it is not the paper's.
     """
 
-    def __init__(self, projections: Mapping[str, Projection], statistics: Mapping[str, Mapping[str, Tensor]]):
+    def __init__(
+        self,
+        projections: Mapping[str, Projection],
+        statistics: Mapping[str, Mapping[str, Tensor]],
+        cells: Mapping[str, str] | None = None,
+    ):
         super().__init__()
+        cells = cells or {}
         self.projections = nn.ModuleDict(projections)
-        self.layers = nn.ModuleDict({name: LayerModel(p.size) for name, p in projections.items()})
+        models = {name: LayerModel(p.size, cells.get(name, PAPER_CELL)) for name, p in projections.items()}
+        self.layers = nn.ModuleDict(models)
         self.statistics = {tap: dict(values) for tap, values in statistics.items()}
 
     def initialise(self, seed: int) -> None:

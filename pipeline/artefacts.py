@@ -377,7 +377,7 @@ class ArrayWriter:
         self.state: Facts = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         noted = self._resumable()
-        if distributed.all_agree(noted is not None):
+        if distributed.all_of(noted is not None):
             self.done, self.state = int(noted["done"]), dict(noted["state"])
         else:
             distributed.first(lambda: self._create(shape, dtype))
@@ -444,7 +444,7 @@ class ArrayWriter:
         `more` are further facts, known only now. Waits for all ranks.
         """
         self._flush()
-        distributed.all_agree(True)
+        distributed.wait_for_all()
         self.file.close()
         if rows is not None and rows < len(self.array):
             self._cut(rows)

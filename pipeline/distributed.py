@@ -131,9 +131,19 @@ def together(function: Callable[[], T]) -> T:
     return result
 
 
-def all_agree(opinion: bool) -> bool:
-    """Whether `opinion` is true on every rank. Waits for all of them."""
+def all_of(opinion: bool) -> bool:
+    """Whether `opinion` is true on every rank."""
     return total(int(not opinion)) == 0
+
+
+def any_of(opinion: bool) -> bool:
+    """Whether `opinion` is true on some rank."""
+    return total(int(opinion)) > 0
+
+
+def wait_for_all() -> None:
+    """Go on once every rank has come here."""
+    total(0)
 
 
 def total(value: float) -> float:
@@ -175,13 +185,14 @@ class GradientSum:
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         self.running.append((parameters, flat, distributed.all_reduce(flat, async_op=True)))
 
-    def finish(self) -> None:
-        """Wait for all sums and put them in place."""
+    def finish(self, losses: "torch.Tensor") -> "torch.Tensor":
+        """Wait for all sums and put them in place; returns the sum of the losses, too."""
         for parameters, flat, work in self.running:
             work.wait()
             for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                 p.grad = gradient.view_as(p)
         self.running = []
+        return add_up(losses)
 
 
 def gather_rows(array: np.ndarray) -> np.ndarray | None:

@@ -1,12 +1,16 @@
 """Pictures: loss curves, heat maps over photos, and the layouts of the figures."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.artefacts import write_bytes
+
+if TYPE_CHECKING:
+    from pipeline.training_log import LogLine
 
 HEAT = "inferno"
 TITLE_SIZE = 10  # points
@@ -28,14 +32,9 @@ def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def loss_curves(log: list[list], path: Path) -> None:
-    """Training and held-out loss by iteration, a panel per layer, with the two trivial predictors as lines.
-
-    Args:
-        log: lines of log.csv: layer, iteration, learning rate, training loss, held-out loss, loss of predicting
-            nothing, loss of repeating the last vector, …
-    """
-    layers = list(dict.fromkeys(line[0] for line in log))
+def loss_curves(log: "Sequence[LogLine]", path: Path) -> None:
+    """Training and held-out loss by iteration, a panel per layer, with the two trivial predictors as lines."""
+    layers = list(dict.fromkeys(line.layer for line in log))
     if not layers:
         return
     columns = min(3, len(layers))
@@ -43,12 +42,14 @@ def loss_curves(log: list[list], path: Path) -> None:
     figure = new_figure(4.2 * columns, 3.1 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for ax, layer in zip(axes, layers, strict=False):
-        lines = np.array([line[1:] for line in log if line[0] == layer], dtype=float)
-        ax.axhline(lines[-1, 4], color="0.6", linestyle=":", label="predict nothing")
-        ax.axhline(lines[-1, 5], color="0.6", linestyle="--", label="repeat last")
-        ax.plot(lines[:, 0], lines[:, 2], label="training")
-        if np.isfinite(lines[:, 3]).any():
-            ax.plot(lines[:, 0], lines[:, 3], label="held out")
+        lines = [line for line in log if line.layer == layer]
+        iterations = [line.iteration for line in lines]
+        held_out = [line.validation_loss for line in lines]
+        ax.axhline(lines[-1].predict_nothing, color="0.6", linestyle=":", label="predict nothing")
+        ax.axhline(lines[-1].repeat_last, color="0.6", linestyle="--", label="repeat last")
+        ax.plot(iterations, [line.training_loss for line in lines], label="training")
+        if np.isfinite(held_out).any():
+            ax.plot(iterations, held_out, label="held out")
         ax.set_title(layer)
         ax.set_xlabel("iteration")
         ax.set_ylabel("loss")

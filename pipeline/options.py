@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.presets import PRESETS
+from pipeline.presets import DEFAULTS, PRESETS, Stage
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 LARGEST_COUNT = 10**9  # of images, updates, …: beyond, sizes would overflow before memory does
@@ -26,12 +26,36 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (see --help)\n")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Says of every option with a `Setting` what its default is, and where that is from."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        setting = getattr(action, "setting", None)
+        if setting is None:
+            return action.help
+        value = setting.rule if setting.value is None else show(setting.value)
+        return f"{action.help} (default: {value}; {setting.source})".replace("%", "%%")
+
+
+def show(value: Any) -> str:
+    """The value of an option as help, first lines and plans print it."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def set_defaults(parser: argparse.ArgumentParser, settings: Stage) -> None:
+    """Make settings the defaults of the options that are called so; --help shows them."""
+    parser.set_defaults(**{name: setting.value for name, setting in settings.items()})
+    for action in parser._actions:
+        if action.dest in settings:
+            action.setting = settings[action.dest]
+
+
 def stage_parser(doc: str, *, workspace: bool = True) -> Parser:
     """A parser with the options every stage has; `doc` is the script's docstring.
 
     `workspace` adds --preset and --root.
     """
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=doc, formatter_class=HelpFormatter)
     add_common_options(parser, workspace=workspace)
     return parser
 
@@ -46,9 +70,7 @@ def command_parser(doc: str, commands: Mapping[str, Any]) -> Parser:
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in commands.items():
         first_line = module.__doc__.partition("\n")[0]
-        command = choices.add_parser(
-            name, help=first_line, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        command = choices.add_parser(name, help=first_line, description=module.__doc__, formatter_class=HelpFormatter)
         add_common_options(command, workspace=False)
         module.add_options(command)
     return parser
@@ -77,8 +99,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None, stage: s
     first.add_argument("--preset", default="alexnet")
     name = first.parse_known_args(argv)[0].preset
     if name in PRESETS:
-        settings = PRESETS[name].get(stage, {})
-        parser.set_defaults(root=Path("out") / name, **{key: s.value for key, s in settings.items()})
+        parser.set_defaults(root=Path("out") / name)
+        set_defaults(parser, PRESETS[name].get(stage, {}))
     return parser.parse_args(argv)
 
 
@@ -205,14 +227,14 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
 
 def add_postprocess_options(parser: argparse.ArgumentParser) -> None:
     """Options that say how an unnaturalness map becomes a saliency map."""
-    parser.add_argument("--power", type=positive_number, default=0.5, help="of the map (original code: 0.5)")
-    parser.add_argument("--blur", type=fraction, default=0.03, help="of the image's sides (original code: 0.03)")
+    parser.add_argument("--power", type=positive_number, help="that the map is raised to")
+    parser.add_argument("--blur", type=fraction, help="σ of the blur, of the image's sides")
     parser.add_argument(
         "--postprocess",
         choices=("float", "original"),
-        default="float",
         help="original rounds to 256 levels on the way, as the paper's code did",
     )
+    set_defaults(parser, DEFAULTS["saliency"])
 
 
 def replace(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:

@@ -1,52 +1,91 @@
-"""What a run will cost, computed from the architecture: disk, memory, arithmetic, network."""
+"""What a run will use and cost: every value with its source, disk and memory, hours at a stated speed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from models.backbones import Architecture, Conv, Linear
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.backbones import Architecture, Backbone
+from models.objective import default_layer_weights
+from models.training import default_decays, share_of_rate
+from pipeline.presets import CARRIED, CODE, OURS, PRESETS, Setting
 
 PAPER_IMAGES = 50_000  # ILSVRC2012 validation set
-ASSUMED_GFLOPS = 80.0  # of each process: what two cores sustain, measured while training
 STORED_BYTES = 256 * 256 * 3  # of an image of stage 1
-PCA_POSITIONS = 100_000  # of every layer, whose vectors the ranks send to the first
 SEQUENCE_FLOPS = 34  # per D² and predicted vector: two LSTMs of 16 D² and a linear map of 2 D²
 BACKWARD = 3  # forward and backward cost three times forward
+GIVEN = "given"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One stage: bytes written, bytes of memory it needs at least, floating-point operations, bytes read and sent.
-
-    `memory` and `network`, what a process sends to the others, are those of each process, the rest of all together.
-    """
+    """One stage: bytes written, bytes of memory each process needs at least, floating-point operations of all."""
 
     disk: float
     memory: float
     flops: float
-    read: float = 0.0
-    network: float = 0.0
 
-    def hours(self, gflops: float = ASSUMED_GFLOPS, processes: int = 1) -> float:
+    def hours(self, gflops: float, processes: int = 1) -> float:
         """Of arithmetic alone, at `gflops` GFLOP/s of each process."""
         return self.flops / (gflops * processes) / 1e9 / 3600
 
 
-def all_reduced(size: float, processes: int) -> float:
-    """Bytes that each process sends to sum `size` bytes over all, as in a ring: all but one part, there and back."""
-    return 2 * size * (processes - 1) / processes
+def values_used(stage: str, preset: str, used: Mapping[str, Any], layers: list[str]) -> dict[str, tuple[Any, str]]:
+    """Value and source of every setting of a stage.
+
+    Args:
+        used: the stage's parsed arguments.
+        layers: that are trained.
+    """
+    derived = {}
+    if stage == "train_vlm":
+        derived["decay_at"] = default_decays(used["iterations"])
+        derived["learning_rate"] = share_of_rate(used["joint_learning_rate"], len(layers))
+    rows = {}
+    for name, setting in PRESETS[preset][stage].items():
+        if used[name] is None and setting.rule:
+            rows[name] = derived.get(name), f"{setting.source}: {setting.rule}"
+        else:
+            rows[name] = used[name], setting.source if used[name] == setting.value else GIVEN
+    return rows
+
+
+def rules(stage: str, architecture: Architecture, target: str) -> list[Setting]:
+    """What no option sets, in words, each with its source; `target` is what is reconstructed."""
+    alexnet, caffe = architecture.name.startswith("alexnet"), architecture.name.endswith("_caffe")
+    weights = ", ".join(f"{layer} {weight:g}" for layer, weight in default_layer_weights(architecture).items())
+    sigma = "unit" if target in architecture.fully_connected else "channel"
+    return {
+        "prepare_images": [Setting("images: 256×256 by area averaging", CODE)],
+        "extract_features": [
+            Setting("views: centre crop, no augmentation", CODE),
+            *[Setting("mean: per pixel in training, per channel at test", CODE)] * caffe,
+            Setting(
+                "PCA: positions//images + 1 per image, with replacement; half of the components, not whitened", CODE
+            ),
+        ],
+        "train_vlm": [
+            Setting("language models: weights N(0, 0.01²), biases 0, two layers of as many units as components", CODE),
+            Setting("loss: ramp 0, 1/(T-1), …; mean of four directions, then of the layers", CODE),
+            Setting("momentum: set to zero at every decay", CODE),
+        ],
+        "reconstruct": [
+            Setting(f"λ of the language models: {weights}", CODE if alexnet else CARRIED),
+            Setting(f"σ of {target}: per {sigma}, over the training images", CODE if sigma == "unit" else OURS),
+            Setting("pictures: clipped to 0-255, truncated to bytes", CODE),
+        ],
+        "saliency": [],
+    }[stage]
 
 
 def cnn_flops(architecture: Architecture, layer: str, height: int, width: int) -> float:
-    """Floating-point operations of one image from the input to a tap."""
-    total = 0.0
-    for operation in architecture.operations:
-        if isinstance(operation, Conv):
-            h, w = architecture.grid(operation.name, height, width)
-            total += 2 * h * w * operation.outputs * operation.kernel**2 * operation.inputs / operation.groups
-        elif isinstance(operation, Linear):
-            total += 2 * operation.inputs * operation.outputs
-        if operation.name == layer:
-            break
-    return total
+    """Floating-point operations of one image from the input to a tap, counted in a pass without data."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        parameters = {name: torch.empty(shape) for name, shape in architecture.parameter_shapes(layer).items()}
+        Backbone(architecture, parameters).to("meta")(torch.empty(1, 3, height, width), [layer])
+    return counter.get_total_flops()
 
 
 def layer_size(architecture: Architecture, layer: str) -> tuple[int, int, int]:
@@ -76,37 +115,24 @@ def costs(
     batch: int,
     iterations: int,
     reconstruction_iterations: int,
+    pca_positions: int,
     itemsize: int = 4,
     processes: int = 1,
 ) -> dict[str, Cost]:
     """Cost of every stage, by its name; `processes` share the work of extraction, training and saliency."""
-    sizes = {layer: layer_size(architecture, layer) for layer in layers}
-    features = sum(h * w * d for h, w, d in sizes.values()) * itemsize
-    parameters = 4 * sum(4 * (17 * d * d + 9 * d) for _, _, d in sizes.values())  # bytes of the four directions'
-    deepest = architecture.taps[-1]
-    forward = cnn_flops(architecture, deepest, *architecture.crop)
-    channels = sum(architecture.channels(layer) for layer in layers)
-    samples = PCA_POSITIONS * channels * 4
-    moments = all_reduced(2 * 8 * channels, processes) + samples * (processes > 1) / processes
-    activations = 64 * sum(h * w * d for h, w, d in sizes.values()) * 4  # gates, cells, states of four directions
+    sizes = [layer_size(architecture, layer) for layer in layers]
+    features = sum(h * w * d for h, w, d in sizes) * itemsize
+    parameters = 4 * sum(4 * (17 * d * d + 9 * d) for _, _, d in sizes)  # bytes of the four directions'
+    forward = cnn_flops(architecture, architecture.taps[-1], *architecture.crop)
+    samples = pca_positions * sum(architecture.channels(layer) for layer in layers) * 4
+    activations = 64 * sum(h * w * d for h, w, d in sizes) * 4  # gates, cells, states of four directions
     update = update_flops(architecture, layers, batch)
     one = update_flops(architecture, [layer for layer in layers if layer != "data"], 1)
+    share = -(-batch // processes)
     return {
         "prepare_images": Cost(images * STORED_BYTES, 50e6, 0),
-        "extract_features": Cost(
-            images * features,
-            samples + 16 * 5 * features,
-            2 * images * forward,
-            2 * images * STORED_BYTES,
-            moments,
-        ),
-        "train_vlm": Cost(
-            3 * parameters,
-            3 * parameters + -(-batch // processes) * activations,
-            iterations * update,
-            iterations * batch * features,
-            iterations * all_reduced(parameters, processes),
-        ),
+        "extract_features": Cost(images * features, samples + 16 * 5 * features, 2 * images * forward),
+        "train_vlm": Cost(3 * parameters, 3 * parameters + share * activations, iterations * update),
         "reconstruct": Cost(5e6, activations + parameters, reconstruction_iterations * (BACKWARD * forward + one)),
         "saliency": Cost(5e6, activations + parameters, forward + one / BACKWARD),
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import UserError
-from pipeline import distributed
+from pipeline import distributed, options
 from pipeline.progress import Terminated
 
 # What goes wrong with a path that the user chose or can mend; other numbers are bugs.
@@ -31,7 +31,7 @@ def announce(args: argparse.Namespace, device: object = None) -> None:
     The effective arguments also go into the sidecars, see `versions`.
     """
     _effective.clear()
-    _effective.update({key: printable(_show(value)) for key, value in sorted(vars(args).items())})
+    _effective.update({key: printable(options.show(value)) for key, value in sorted(vars(args).items())})
     _introduce(None if device is None else str(device))
     if getattr(args, "verbose", False):
         print("arguments: " + " ".join(f"{key}={value}" for key, value in _effective.items()), flush=True)
@@ -46,10 +46,6 @@ def _introduce(device: str | None) -> None:
     where = "" if device is None else f", {device} ({os.cpu_count()} CPU cores)"
     ranks = f", one of {distributed.size()} processes" if distributed.size() > 1 else ""
     print(f"cnn-vlm {code_version()}, python {platform.python_version()}, {packages}{where}{ranks}", flush=True)
-
-
-def _show(value: Any) -> str:
-    return ",".join(str(v) for v in value) if isinstance(value, list | tuple) else str(value)
 
 
 def _version(package: str) -> str:

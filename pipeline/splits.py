@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from models.errors import UserError
 from models.randomness import split_images
 from pipeline.program import printable
@@ -26,6 +28,27 @@ def choose_held_out(wanted: int | Path, names: Sequence[str], seed: int) -> list
     except UnicodeDecodeError:
         raise UserError(f"{wanted} is no text file: give names of images to hold out, one a line") from None
     return rows_of([line.strip() for line in lines if line.strip()], names, str(wanted))
+
+
+def split_for_training(
+    wanted: int | Path | None, exclude: Sequence[str], names: Sequence[str], kept: Sequence[str], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted rows of the images to train on and of those to measure by.
+
+    Args:
+        wanted: as in `choose_held_out`; None: those that were `kept` from the statistics.
+        exclude: shell patterns of names that are neither.
+
+    Raises:
+        UserError: as `choose_held_out`, `rows_of` and `rows_matching`, or nothing is left to train on.
+    """
+    held = rows_of(kept, names, "the projection") if wanted is None else choose_held_out(wanted, names, seed)
+    if leaked := {names[row] for row in held} - set(kept):
+        print(f"note: statistics and PCA were fitted on {len(leaked)} of the {len(held)} held-out images", flush=True)
+    left = sorted(set(range(len(names))) - set(held) - set(rows_matching(exclude, names)))
+    if not left:
+        raise UserError("nothing is left to train on: hold out or --exclude fewer images")
+    return np.array(left, int), np.array(held, int)
 
 
 def rows_of(wanted: Sequence[str], names: Sequence[str], where: str) -> list[int]:

@@ -26,13 +26,13 @@ import torch  # not to be instrumented
 
 with atheris.instrument_imports(include=["models", "pipeline", "numpy.lib", "reconstruct", "train_vlm"]):
     import reconstruct
-    import train_vlm
     from evaluation import fixations
     from models import checkpoints, weights
     from models.backbones import ARCHITECTURES
     from models.errors import UserError
     from models.weights import caffe
     from pipeline import artefacts
+    from pipeline.features import open_features
 
 from tests.evaluation.test_fixations import STIMULI, cells, osie
 from tests.models.test_checkpoints import (
@@ -141,7 +141,7 @@ def fuzz_metadata(data: bytes) -> None:
         artefacts.sidecar_path(path).write_text("{}")
         refused(checkpoints.load_vlm, path)
         refused(reconstruct.read_statistics, path, "tiny")
-        refused(train_vlm.open_features, FOLDER, None)
+        refused(open_features, FOLDER, None)
     elif kind in b"4":
         (FOLDER / "y.npy.partial").write_bytes(ARRAY)
         (FOLDER / "y.npy.progress").write_bytes(data)
@@ -151,7 +151,7 @@ def fuzz_metadata(data: bytes) -> None:
         RUN.state.write_bytes(named(TRAINING, data.decode("utf-8", "replace")))
         RUN.iteration, RUN.log = 0, []
         refused(RUN.resume, False)
-        assert 0 <= RUN.iteration <= 8 and all(len(line) == 8 for line in RUN.log)
+        assert 0 <= RUN.iteration <= 8 and all(line.layer == "conv1" for line in RUN.log)
     elif kind in b"6":
         RESTART.state.write_bytes(named(RECONSTRUCTION, data.decode("utf-8", "replace")))
         RESTART.curves = []

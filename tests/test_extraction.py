@@ -10,6 +10,8 @@ import extract_features
 from models.backbones import Backbone, centre_crop, random_parameters
 from models.projection import Projection
 from pipeline import artefacts
+from pipeline.features import FeatureFiles, feature_facts
+from pipeline.views import Views
 from tests.rounding import assert_rounded
 from tests.tiny import TINY
 
@@ -42,13 +44,14 @@ def test_features_equal_the_plain_way(mean_image: bool, tmp_path: Path) -> None:
     with torch.no_grad():
         features = backbone(centre_crop(x, 24, 24), list(layers))
         expected = {layer: p(features[layer]).permute(0, 2, 3, 1).numpy() for layer, p in layers.items()}
-    views = extract_features.Views()
+    views = Views()
     facts = {
-        layer: extract_features.feature_facts(images, backbone, layer, p.size, views, {"dtype": "float32"})
+        layer: feature_facts(len(images), backbone, layer, p.size, views, {"dtype": "float32"})
         for layer, p in layers.items()
     }
     backbone.to(memory_format=torch.channels_last)
-    extract_features.write_features(images, backbone, layers, tmp_path, batch_size=5, views=views, facts=facts)
+    files = FeatureFiles(tmp_path, facts, (0, len(images)))
+    extract_features.write_features(images, backbone, layers, files, batch_size=5, views=views)
     for layer, values in expected.items():
         found = torch.from_numpy(np.load(tmp_path / f"{layer}.npy"))
         assert_rounded(found, torch.from_numpy(values), 27 + 54 + 20)  # two convolutions, the projection

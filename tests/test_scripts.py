@@ -26,8 +26,11 @@ import train_vlm
 from models.checkpoints import load_vlm, read_tensors, write_tensors
 from models.errors import UserError
 from models.randomness import split_images
+from models.training import draw_rows
 from pipeline import program
+from pipeline.features import read_batch
 from pipeline.progress import Terminated
+from pipeline.views import Views
 from tests.conftest import RUN, make_photo
 
 ROOT = Path(__file__).parent.parent
@@ -166,10 +169,9 @@ def test_training_goes_on_from_an_exported_checkpoint(workspace: Path, tmp_path:
     trained, noted = load_vlm(root / "vlm.safetensors")
     facts = noted["training"]["conv5"]
     assert facts["iterations_done"] == 5 and facts["init"]["iteration"] == 4 and len(facts["init"]["sha256"]) == 64
-    schedule = train_vlm.Schedule(5, 2, facts["learning_rate"], 0.9, (5,), 0.1, 3)
     features = np.load(root / "features" / "conv5.npy")
-    rows = schedule.batch(4, split_images(10, facts["held_out"], 3)[0])
-    half.layers["conv5"].loss(train_vlm.read_batch(features, rows, "cpu")).backward()
+    rows = draw_rows(3, 4, split_images(10, facts["held_out"], 3)[0], 2)
+    half.layers["conv5"].loss(read_batch(features, rows, "cpu")).backward()
     for a, b in zip(trained.layers["conv5"].parameters(), half.layers["conv5"].parameters(), strict=True):
         if b.grad is not None:
             torch.testing.assert_close(a, b - facts["learning_rate"] * b.grad, rtol=1e-4, atol=1e-7)
@@ -438,7 +440,7 @@ def test_a_view_is_a_mirrored_crop_of_its_image() -> None:
     crops = set()
     mirrored = 0
     for number in range(40):
-        view = extract_features.Views(2, True, True, seed=1).cut(image, 1, number, 227, 227)
+        view = Views(2, True, True, seed=1).cut(image, 1, number, 227, 227)
         step = int(view[0, 0, 1] - view[0, 0, 0])
         assert abs(step) == 1
         mirrored += step == -1
@@ -451,9 +453,9 @@ def test_a_view_is_a_mirrored_crop_of_its_image() -> None:
 
 
 def test_training_draws_every_view_and_no_held_out_image() -> None:
-    schedule = train_vlm.Schedule(1, 8, 1.0, 0.9, (), 0.1, 0)
     training, held = split_images(40, 4, 0)
-    rows = np.concatenate([schedule.batch(i, training, 3, 40) for i in range(200)])
+    rows = np.concatenate([draw_rows(0, i, training, 8, views=3, count=40) for i in range(200)])
     assert set(rows // 40) == {0, 1, 2}
     assert not set(rows % 40) & set(held)
-    assert np.array_equal(schedule.batch(5, training) % 40, schedule.batch(5, training, 3, 40) % 40)
+    one, three = draw_rows(0, 5, training, 8), draw_rows(0, 5, training, 8, views=3, count=40)
+    assert np.array_equal(one, three % 40)

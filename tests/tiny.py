@@ -26,10 +26,10 @@ import reconstruct
 import saliency
 import train_vlm
 from evaluation import classifier, fixation_metrics, map_sources, score_fixations, tables  # noqa: F401 (imported before the fork)  # noqa: F401
-from models import checkpoints, descent, vlm  # noqa: F401 (imported before the fork)
+from models import checkpoints, descent, training, vlm  # noqa: F401 (imported before the fork)
 from models import unnaturalness as maps  # noqa: F401
 from models.backbones import ARCHITECTURES, Architecture, Conv, Linear, MaxPool, ReLU
-from pipeline import artefacts, figures, program  # noqa: F401
+from pipeline import artefacts, features, figures, program  # noqa: F401
 
 STAGES = {m.__name__: m for m in (prepare_images, extract_features, train_vlm, reconstruct, saliency, evaluate)}
 matplotlib.colormaps.get_cmap(figures.HEAT)  # a first time
@@ -100,7 +100,7 @@ def _prepare(stage: str, argv: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     ARCHITECTURES["tiny"] = TINY
-    extract_features.SAVE_EVERY = 0.0
+    features.SAVE_EVERY = 0.0
     prepare_images.MARK_EVERY = 2
     program.code_version = lambda: "tested"  # git costs a process
     for name in ("loss_curves", "reconstruction_curves", "picture_row", "picture_grid"):  # matplotlib costs a second
@@ -120,7 +120,7 @@ def _run(stage: str, argv: list[str], root: str, output: str, accident: Accident
         resource.setrlimit(resource.RLIMIT_FSIZE, (accident.largest_file, resource.RLIM_INFINITY))
     watch = _Watch(root, accident)
     if accident.at_update:
-        update, calls = train_vlm.update, []
+        update, calls = training.update, []
 
         def interrupted(*arguments, **options):
             calls.append(None)
@@ -128,7 +128,7 @@ def _run(stage: str, argv: list[str], root: str, output: str, accident: Accident
                 os.kill(os.getpid(), accident.signal)
             return update(*arguments, **options)
 
-        train_vlm.update = interrupted
+        training.update = interrupted
     else:
         sys.addaudithook(watch)
     code = program.run(lambda: STAGES[stage].main(argv))

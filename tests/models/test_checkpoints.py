@@ -22,6 +22,10 @@ from models.errors import UserError
 from models.projection import Projection
 from models.vlm import VisualLanguageModel
 from models.weights import read_weights
+from pipeline.features import Features, Provenance
+from pipeline.language_models import build_model
+from pipeline.training_runs import Run, TrainingFacts
+from pipeline.views import Views
 from tests.tiny import TINY
 
 Entry = tuple[str, list[int], bytes]  # type, shape and bytes of a tensor
@@ -105,30 +109,52 @@ def projection_case(folder: Path) -> Case:
     def read(path: Path) -> object:
         found, configuration = checkpoints.read_tensors(path)
         layers = checkpoints.listed_layers(configuration, path)
-        model = train_vlm.build_model(found, layers, 0)
+        model = build_model(found, layers, 0)
         return model, reconstruct.read_statistics(path, "tiny")
 
     return Case(tensors, {"backbone": "tiny", "layers": ["conv1", "conv2"]}, read)
 
 
-def training_run(root: Path) -> train_vlm.Run:
-    features = {"conv1": np.ones((12, 3, 3, 2), np.float32)}
-    configuration = {"backbone": "tiny", "weights_sha256": "0", "projection_sha256": "1"}
-    configuration["training"] = {"num_images": 12}
-    schedule = train_vlm.Schedule(8, 1, 0.1, 0.9, (2, 4, 6), 0.1, 0)
-    vlm = tiny_model()
-    split = np.arange(1, 10), np.arange(1)
-    return train_vlm.Run(
-        root, root / "vlm.safetensors", vlm, features, schedule, configuration, *split, torch.device("cpu")
+def training_run(root: Path) -> Run:
+    provenance = Provenance("tiny", "", "0", "2", "1", None, ("conv1",))
+    stored = {"conv1": np.ones((12, 3, 3, 2), np.float32)}
+    features = Features(stored, {}, provenance, Views(), [str(i) for i in range(12)], [])
+    facts = TrainingFacts(
+        **features.facts(),
+        iterations=8,
+        batch_size=1,
+        learning_rate=0.1,
+        momentum=0.9,
+        decay_at=(2, 4, 6),
+        decay_factor=0.1,
+        seed=0,
+        held_out=1,
+        held_out_names=("3",),
     )
+    return Run(root, root / "vlm.safetensors", tiny_model(), features, facts)
+
+
+def make_update(run: Run) -> None:
+    """One update on the first row, and its note."""
+
+    class Made(Exception):
+        """The one that was asked for."""
+
+    def callback(losses: dict[str, float]) -> None:
+        run.add(losses)
+        raise Made
+
+    with pytest.raises(Made):
+        layers, stored, draw = run.vlm.layers, run.features.stored, lambda i: np.zeros(1, int)
+        train_vlm.train(layers, stored, draw, run.optimizer, run.schedule, 8, callback, run.iteration)
 
 
 def training_case(folder: Path) -> Case:
     run = training_run(folder)
     run.merge = lambda: None
-    run.step()
-    run.write_log_lines(1.0)
-    run.step()
+    make_update(run)
+    run.write_log_lines(np.array([3]), "cpu")
+    make_update(run)
     run.save()
     tensors, noted = checkpoints.read_tensors(run.state)
     weights = [p.clone() for p in training_run(folder).optimizer.parameters]

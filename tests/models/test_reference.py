@@ -12,7 +12,6 @@ from PIL import Image
 
 import extract_features
 import reconstruct
-import train_vlm
 from models import unnaturalness
 from models.backbones import (
     ARCHITECTURES,
@@ -29,6 +28,7 @@ from models.descent import MomentumSGD, Schedule
 from models.fused_lstm import fused_lstm
 from models.objective import ReconstructionLoss
 from models.projection import Projection, fit_pca
+from models.training import update
 from models.vlm import (
     DIRECTIONS,
     VisualLanguageModel,
@@ -41,6 +41,7 @@ from models.vlm import (
     to_sequences,
 )
 from pipeline.images import to_rgb_array
+from pipeline.views import network_batches
 
 FOLDER = Path(__file__).parents[1] / "reference"
 # The longest sums on the way: a convolution (28 terms), PCA (8), two recurrent layers (9 each), a linear one (5), and a
@@ -217,7 +218,7 @@ def test_sgd(dtype: torch.dtype, roundings: int) -> None:
             assert optimizer.lr == pytest.approx(float(vectors["lr_after_reset"]))
         features = conv_features(vectors, tensor(data).to(dtype))
         projected = {layer: vlm.projections[layer](x) for layer, x in features.items()}
-        losses = train_vlm.update(vlm.layers, projected, optimizer)
+        losses = update(vlm.layers, projected, optimizer)
         assert_close(np.mean(list(losses.values())), vectors["losses"][i], roundings)
         if i + 1 in (1, 5, 7):
             compare(f"p{i + 1}", optimizer.parameters)
@@ -313,7 +314,7 @@ def tiny_backbone(vectors: dict, mean: bool = True) -> Backbone:
 def test_pca(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     vectors = load("pca")
     backbone = tiny_backbone(vectors)
-    inputs = [x for _, x in extract_features.network_batches(vectors["images_rgb"], backbone, 4, 0)]
+    inputs = [x for _, x in network_batches(vectors["images_rgb"], backbone, 4, np.arange(len(vectors["images_rgb"])))]
     assert_close(torch.cat(inputs), vectors["network_input"], 1, scale=255)
     layers = ["data", "conv1", "conv2"]
     monkeypatch.setattr(
@@ -325,6 +326,7 @@ def test_pca(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         backbone,
         layers,
         ["fc8"],
+        rows=np.arange(len(vectors["images_rgb"])),
         pca_positions=36,
         batch_size=4,
         seed=0,
@@ -346,7 +348,7 @@ def test_pca(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         np.testing.assert_allclose(variance, vectors[f"{layer}_pca_var"], rtol=1e-4)
         cosines = np.abs((components * vectors[f"{layer}_pca_components"]).sum(axis=1))
         np.testing.assert_allclose(cosines, 1, atol=1e-5)
-    kept = {layer: p.size for layer, p in extract_features.fit_projections(statistics, layers).items()}
+    kept = {layer: p.size for layer, p in extract_features.fit_projections(statistics).items()}
     assert kept == {"data": 2, "conv1": 3, "conv2": 4}
 
 

@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.descent import MomentumSGD
+from models.descent import MomentumSGD, Schedule
 from models.errors import UserError
 from models.projection import Moments, Projection, draw_positions, fit_pca, positions_per_image
+from models.training import default_decays, draw_rows
 from models.vlm import (
     DIRECTIONS,
     LayerModel,
@@ -24,7 +25,6 @@ from models.vlm import (
     trivial_losses,
 )
 from tests.rounding import assert_rounded
-from train_vlm import Schedule, default_decays
 
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(2, 6), st.integers(2, 6))
 
@@ -220,13 +220,13 @@ def test_momentum_is_the_originals_when_the_rate_changes() -> None:
 
 
 def test_schedule_is_the_originals() -> None:
-    schedule = Schedule(20_001, 16, 10.0, 0.9, default_decays(20_001), 0.1, 0)
+    schedule = Schedule(10.0, default_decays(20_001))
     assert schedule.decay_at == (5000, 10000, 15000)
     rates = [schedule.rate(i) for i in (0, 5000, 5001, 10000, 10001, 15001, 20000)]
     assert rates == pytest.approx([10, 10, 1, 1, 0.1, 0.01, 0.01])
     images = np.arange(7)
-    assert np.array_equal(schedule.batch(3, images), schedule.batch(3, images))
-    drawn = np.concatenate([schedule.batch(i, images) for i in range(200)])
+    assert np.array_equal(draw_rows(0, 3, images, 16), draw_rows(0, 3, images, 16))
+    drawn = np.concatenate([draw_rows(0, i, images, 16) for i in range(200)])
     counts = np.bincount(drawn, minlength=7)
     assert counts.min() > 350 and counts.max() < 570, "uniform, with replacement"
 

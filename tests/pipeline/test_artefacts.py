@@ -21,7 +21,7 @@ import saliency
 import train_vlm
 from models.backbones import ARCHITECTURES
 from models.errors import UserError
-from pipeline import artefacts, figures, program
+from pipeline import artefacts, figures, program, training_log
 from pipeline.images import write_png
 from tests.conftest import make_photo
 from tests.models.weights.test_weights import TINY
@@ -303,7 +303,7 @@ LOGS = {
 def test_spoiled_log(whole_head: bool, root: Path, capsys: pytest.CaptureFixture) -> None:
     """A log edited by hand is refused before anything is trained, and nothing is lost."""
     path, checkpoint = root / "log.csv", (root / "vlm.safetensors").read_bytes()
-    head = ",".join(train_vlm.LOG_COLUMNS).encode() + b"\n" if whole_head else b""
+    head = ",".join(training_log.COLUMNS).encode() + b"\n" if whole_head else b""
     for what, content in LOGS.items():
         path.write_bytes(head + content)
         line = refusal(train_vlm, [*command(train_vlm, root), "--overwrite"], capsys)
@@ -311,7 +311,7 @@ def test_spoiled_log(whole_head: bool, root: Path, capsys: pytest.CaptureFixture
         assert (root / "vlm.safetensors").read_bytes() == checkpoint
     path.write_bytes(head + b"\n")
     assert not train_vlm.main([*command(train_vlm, root), "--overwrite"])
-    assert train_vlm.read_log(path)
+    assert training_log.read_log(path)
 
 
 def test_spoiled_features_as_targets(

@@ -18,6 +18,7 @@ import train_vlm
 from models.checkpoints import load_vlm, read_tensors
 from models.errors import UserError
 from pipeline import artefacts, distributed
+from pipeline.language_models import build_model
 from tests.conftest import make_photo
 from tests.tiny import Accident, run, run_ranks, touched
 
@@ -98,7 +99,7 @@ def test_training(one: Path, tmp_path: Path, ranks: int) -> None:
     assert [code for code, _ in results] == [0] * ranks, results
     assert touched(0, root) > 0 and [touched(rank, root) for rank in range(1, ranks)] == [0] * (ranks - 1)
     assert_equal_tensors(root / "vlm.safetensors", one / "vlm.safetensors")
-    start = train_vlm.build_model(read_tensors(one / "features" / "projection.safetensors")[0], LAYERS, 5)
+    start = build_model(read_tensors(one / "features" / "projection.safetensors")[0], LAYERS, 5)
     trained, _ = load_vlm(root / "vlm.safetensors")
     moved = [(a - b).abs().max() for a, b in zip(trained.parameters(), start.parameters(), strict=True)]
     assert max(moved) > 1e-2, "the tolerance is small beside what was learnt"
@@ -263,7 +264,7 @@ def test_parts_cover_everything_once(count: int, unit: int, ranks: int) -> None:
 def test_a_single_process_needs_no_group() -> None:
     rows = np.arange(6).reshape(3, 2)
     assert distributed.rank() == 0 and distributed.size() == 1 and not distributed.launched()
-    assert distributed.first(lambda: 3) == 3 and distributed.total(2.5) == 2.5 and distributed.all_agree(True)
+    assert distributed.first(lambda: 3) == 3 and distributed.total(2.5) == 2.5 and distributed.all_of(True)
     assert distributed.gather_rows(rows) is rows and distributed.share("abc") == ["a", "b", "c"]
 
 

@@ -1,0 +1,135 @@
+"""What pass 1 of stage 2 collects, and how it survives a kill and comes together from several ranks."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from models.errors import UserError
+from pipeline import artefacts, distributed, features
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.backbones import Architecture
+    from models.projection import Moments, Projection
+
+
+@dataclass
+class TapStatistics:
+    """Moments of every tap, and raw vectors (n, positions, C) at random positions of the layers to project.
+
+    Attributes:
+        done: images of this rank that are in.
+    """
+
+    moments: dict[str, "Moments"]
+    samples: dict[str, np.ndarray]
+    done: int = 0
+    saved: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def empty(
+        cls, architecture: "Architecture", layers: Sequence[str], others: Sequence[str], images: int, positions: int
+    ) -> "TapStatistics":
+        """Room for `positions` samples of each of this rank's images.
+
+        Raises:
+            UserError: they would not fit into memory.
+        """
+        from models.projection import Moments
+
+        size = images * positions * sum(architecture.channels(layer) for layer in layers)
+        artefacts.check_memory("samples at --pca-positions", 4 * size)
+        return cls(
+            {tap: Moments(architecture.channels(tap)) for tap in dict.fromkeys([*layers, *others])},
+            {layer: np.zeros((images, positions, architecture.channels(layer)), np.float32) for layer in layers},
+        )
+
+    def add(self, taps: "dict[str, torch.Tensor]", positions: "dict[str, np.ndarray]") -> None:
+        """Add the next images (B, C, H, W) by tap, and the samples at some flat positions (B, n) of each by layer."""
+        import torch
+
+        for tap, values in taps.items():
+            self.moments[tap].update(values)
+        for layer, drawn in positions.items():
+            flat = taps[layer].flatten(2)  # (B, C, H·W)
+            index = torch.from_numpy(drawn).to(flat.device)[:, None].expand(-1, flat.shape[1], -1)
+            sampled = flat.gather(2, index).transpose(1, 2).cpu()  # (B, n, C)
+            self.samples[layer][self.done : self.done + len(drawn)] = sampled
+        self.done += len(next(iter(taps.values())))
+
+    def save(self, path: Path, facts: artefacts.Facts, *, now: bool = True) -> None:
+        """Note the state on disk so that a killed run can go on; without `now` only if the last note is old."""
+        if not now and time.monotonic() - self.saved <= features.SAVE_EVERY:
+            return
+        arrays = {f"samples.{layer}": values for layer, values in self.samples.items()}
+        for tap, m in self.moments.items():
+            arrays |= {f"sums.{tap}": m.sums.numpy(), f"squares.{tap}": m.squares.numpy()}
+            arrays[f"count.{tap}"] = np.array(m.count)
+        arrays["done"] = np.array(self.done)
+        arrays["facts"] = np.array(json.dumps(facts))
+        size = sum(array.nbytes for array in arrays.values())
+        with artefacts.atomic_path(path, size) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        self.saved = time.monotonic()
+
+    def restore(self, path: Path, facts: artefacts.Facts) -> None:
+        """Take up the state of a killed run with the same facts, if there is one.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        import torch
+
+        try:
+            with np.load(path, allow_pickle=False) as noted:
+                if str(noted["facts"]) != json.dumps(facts):
+                    return
+                for tap, m in self.moments.items():
+                    m.count = int(noted[f"count.{tap}"])
+                    m.sums.copy_(torch.from_numpy(noted[f"sums.{tap}"]))
+                    m.squares.copy_(torch.from_numpy(noted[f"squares.{tap}"]))
+                for layer, values in self.samples.items():
+                    values[:] = noted[f"samples.{layer}"]
+                self.done = int(noted["done"])
+        except FileNotFoundError:
+            return
+        except Exception as error:  # a damaged archive makes numpy and zipfile raise nearly anything
+            raise UserError(f"{path} is damaged ({error}): remove it and run again") from None
+
+    def reduce(self) -> None:
+        """Put the parts of all ranks together; the samples on rank 0 alone."""
+        import torch
+
+        for m in self.moments.values():
+            count = distributed.add_up(torch.tensor([m.count]))
+            m.count, m.sums, m.squares = int(count), distributed.add_up(m.sums), distributed.add_up(m.squares)
+        for layer, values in self.samples.items():
+            whole = distributed.gather_rows(values)
+            self.samples[layer] = values[:0] if whole is None else whole
+
+
+def projection_tensors(
+    projections: "dict[str, Projection]", moments: "dict[str, Moments]"
+) -> "dict[str, torch.Tensor]":
+    """Tensors of projection.safetensors: `<layer>.projection.<part>` and `statistics.<tap>.<mean|std>`."""
+    tensors = {}
+    for layer, projection in projections.items():
+        tensors |= {f"{layer}.projection.{name}": value for name, value in projection.state_dict().items()}
+    for tap, m in moments.items():
+        std, _ = m.guarded_std()
+        tensors |= {f"statistics.{tap}.mean": m.mean.float(), f"statistics.{tap}.std": std.float()}
+    return tensors
+
+
+def read_projections(path: Path, layers: Sequence[str]) -> "dict[str, Projection]":
+    """The projections of some layers, of a file that `projection_tensors` describes."""
+    from models.checkpoints import read_tensors, take_projection
+
+    tensors = read_tensors(path)[0]
+    return {layer: take_projection(tensors, layer, path) for layer in layers}
