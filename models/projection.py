@@ -124,6 +124,19 @@ class Projection(nn.Module):
         offset = -weight @ self.mean.double() - components @ self.pca_mean.double()
         return weight.float(), offset.float()
 
+    def change_to(self, other: "Projection") -> tuple[Tensor, Tensor]:
+        """W (D', D) and b (D',), float64, with W p + b what `other` makes of the features that this maps to p.
+
+        Of features as far as the kept components know them: exact where all are kept, else least squares.
+        """
+        mean, std, components, pca_mean = (v.double() for v in (self.mean, self.std, self.components, self.pca_mean))
+        kept = other.components.double() / other.std.double()  # (D', C)
+        weight = kept @ (std[:, None] * components.T)
+        offset = (
+            kept @ (mean + std * pca_mean - other.mean.double()) - other.components.double() @ other.pca_mean.double()
+        )
+        return weight, offset
+
     def standardise(self, x: Tensor) -> Tensor:
         """(N, C, H, W) raw features -> zero mean and unit variance per channel."""
         return (x - self.mean[:, None, None]) / self.std[:, None, None]

@@ -202,6 +202,23 @@ class LayerModel(nn.ModuleDict):
             generator = torch.Generator().manual_seed(seed_for(seed, layer, direction))
             self[direction].initialise(generator)
 
+    def change_basis(self, read: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor]) -> None:
+        """Take features of another projection: the same model, where the change of basis loses nothing.
+
+        Args:
+            read: W and b of `Projection.change_to`, from the new projection to the one that the weights know.
+            written: the same for the way back, of the predictions.
+        """
+        for model in self.values():
+            first = model.get_submodule(model.cell)
+            for kept, change in (
+                (first.bias_ih_l0, first.bias_ih_l0.double() + first.weight_ih_l0.double() @ read[1]),
+                (first.weight_ih_l0, first.weight_ih_l0.double() @ read[0]),
+                (model.linear.weight, written[0] @ model.linear.weight.double()),
+                (model.linear.bias, written[0] @ model.linear.bias.double() + written[1]),
+            ):
+                kept.data.copy_(change)
+
     def loss(self, p: Tensor) -> Tensor:
         """Loss on projected features (N, D, H, W), a float64 scalar."""
         return (fused_layer_loss if self.is_faster_fused(p) else layer_loss)(p, self)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from models.projection import Projection
     from models.vlm import VisualLanguageModel
 
 SAME_PROJECTION = 2e-3  # of values near 1: what float16 and another machine's eigenvectors may change
@@ -42,10 +43,11 @@ def build_model(
 def start_from(path: Path, vlm: "VisualLanguageModel", backbone: str) -> str:
     """Give a model the weights of a checkpoint, whose sha256 is returned; the projections stay.
 
+    Where they differ from the checkpoint's by more than rounding, the weights are expressed in the new basis.
+
     Raises:
-        UserError: another backbone, a layer that it lacks, or a projection that differs by more than rounding.
+        UserError: another backbone, another kind of recurrent model, or a layer that it lacks.
     """
-    import torch
 
     from models.checkpoints import load_vlm
 
@@ -55,18 +57,26 @@ def start_from(path: Path, vlm: "VisualLanguageModel", backbone: str) -> str:
     for name, layer in vlm.layers.items():
         if name not in trained.layers:
             raise UserError(f"{path} has no layer {name}: give another --init, or other --layers")
-        ours, theirs = vlm.projections[name].state_dict(), trained.projections[name].state_dict()
-        for part, value in ours.items():
-            tolerance = SAME_PROJECTION * max(1.0, float(value.abs().max()))
-            if value.shape != theirs[part].shape or not torch.allclose(value, theirs[part], rtol=0, atol=tolerance):
-                raise UserError(
-                    f"{path} was trained on another projection of {name}: extract the features of the same images, "
-                    "or give another --init"
-                )
+        ours, theirs = vlm.projections[name], trained.projections[name]
+        if ours.components.shape != theirs.components.shape:
+            raise UserError(f"{path} keeps {theirs.size} components of {name}, not {ours.size}: give another --init")
         if layer.cell != trained.layers[name].cell:
             raise UserError(f"{path} has a {trained.layers[name].cell} for {name}: give --cell so, or another --init")
+        if not is_same_projection(ours, theirs):
+            trained.layers[name].change_basis(ours.change_to(theirs), theirs.change_to(ours))
+            print(f"{name}: the weights of {path} are expressed in the new projection", flush=True)
         layer.load_state_dict(trained.layers[name].state_dict())
     return artefacts.file_sha256(path)
+
+
+def is_same_projection(one: "Projection", other: "Projection") -> bool:
+    """Whether two projections differ by no more than rounding."""
+    import torch
+
+    return all(
+        torch.allclose(a, b, rtol=0, atol=SAME_PROJECTION * max(1.0, float(a.abs().max())))
+        for a, b in zip(one.buffers(), other.buffers(), strict=True)
+    )
 
 
 def check_projection(path: Path, noted: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

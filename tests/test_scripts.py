@@ -27,6 +27,7 @@ from models.checkpoints import load_vlm, read_tensors, write_tensors
 from models.errors import UserError
 from models.randomness import split_images
 from models.training import draw_rows
+from models.vlm import squared_errors
 from pipeline import program
 from pipeline.features import read_batch
 from pipeline.progress import Terminated
@@ -188,13 +189,31 @@ def test_only_a_fitting_checkpoint_is_gone_on_from(workspace: Path, tmp_path: Pa
     other = tmp_path / "other.safetensors"
     options = [*RUN, "--root", str(workspace), "--out", str(tmp_path / "out.safetensors"), "--init", str(other)]
     options += ["--overwrite", "--layers", "conv5"]
-    for changed, facts, message in (
-        ({}, {"backbone": "vgg16"}, "'conv4', which vgg16 has not"),
-        ({"conv5.projection.components": tensors["conv5.projection.components"].flip(0)}, {}, "another projection of"),
+    for facts, more, message in (
+        ({"backbone": "vgg16"}, [], "'conv4', which vgg16 has not"),
+        ({}, ["--cell", "gru"], "has a lstm for conv5"),
     ):
-        write_tensors(other, tensors | changed, {**noted, **facts})
+        write_tensors(other, tensors, {**noted, **facts})
         with pytest.raises(UserError, match=message):
-            train_vlm.main(options)
+            train_vlm.main([*options, *more])
+
+
+def test_weights_of_another_projection_are_expressed_in_the_new_one(workspace: Path, tmp_path: Path, capsys) -> None:
+    """Components in another order are the same features, and the same model."""
+    tensors, noted = read_tensors(workspace / "vlm.safetensors")
+    other, root = tmp_path / "other.safetensors", tmp_path / "root"
+    flipped = tensors["conv5.projection.components"].flip(0).contiguous()
+    write_tensors(other, tensors | {"conv5.projection.components": flipped}, noted)
+    shutil.copytree(workspace / "features", root / "features")
+    options = [*RUN, "--root", str(root), "--layers", "conv5", "--init", str(other), "--iterations", "1"]
+    train_vlm.main([*options, "--learning-rate", "1e-30"])
+    assert "conv5: the weights of" in capsys.readouterr().out
+    moved = load_vlm(root / "vlm.safetensors")[0].layers["conv5"]
+    kept = load_vlm(workspace / "vlm.safetensors")[0].layers["conv5"]
+    p = torch.randn(1, kept.size, 4, 4, generator=torch.Generator().manual_seed(0))
+    for direction in kept:
+        expected = squared_errors(p.flip(1), direction, kept[direction]).flip(2)
+        torch.testing.assert_close(squared_errors(p, direction, moved[direction]), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_interrupted_extraction_resumes_to_the_same_files(

@@ -276,6 +276,33 @@ def test_projection_keeps_half_and_inverts_within_it() -> None:
     assert_rounded(projection(back), p, 5 + 3, torch.float32)  # the components are orthonormal to float32
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_change_of_basis_changes_no_prediction(cell: str) -> None:
+    """Where all components are kept: in either basis the predictions are of the same features."""
+    random = np.random.default_rng(0)
+
+    def projection() -> Projection:
+        rotation = np.linalg.qr(random.normal(size=(5, 5)))[0]
+        parts = (random.normal(size=5), random.uniform(1, 3, 5), rotation, random.normal(size=5))
+        return Projection(*map(torch.from_numpy, parts))
+
+    old, new = projection(), projection()
+    x = torch.from_numpy(random.normal(size=(2, 5, 4, 3)) * 2).float()
+    weight, offset = old.change_to(new)
+    changed = torch.einsum("de,nehw->ndhw", weight, old(x).double()) + offset[:, None, None]
+    assert_rounded(changed, new(x).double(), 30, torch.float32)
+    model, moved = LayerModel(5, cell), LayerModel(5, cell)
+    model.initialise(3, "x")
+    for parameter in model.parameters():
+        parameter.data.mul_(30)
+    moved.load_state_dict(model.state_dict())
+    moved.change_basis(new.change_to(old), old.change_to(new))
+    for direction in DIRECTIONS:
+        said = model[direction](to_sequences(old(x), direction)).double() @ weight.T + offset
+        found = moved[direction](to_sequences(new(x), direction)).double()
+        torch.testing.assert_close(found, said, rtol=1e-4, atol=1e-4)
+
+
 def test_positions_for_pca() -> None:
     assert positions_per_image(50_000) == 3 and positions_per_image(900) == 112
     drawn = draw_positions(0, "conv5", 4, 2000, 9)
