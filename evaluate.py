@@ -1,20 +1,21 @@
-"""Tables: saliency maps against human fixations, reconstructions against one another.
+"""Tables: saliency maps against human fixations, reconstructions against one another, images against spoiled copies.
 
 In:  see the commands.
 Out: tables, per-image scores and pictures in the folder of --out.
 
     python evaluate.py fixations --stimuli photos/ --fixations fixations.csv
     python evaluate.py reconstruction out/alexnet/reconstructions
+    python evaluate.py naturalness photos/
     python evaluate.py fixations --help
 """
 
 import sys
 
-from evaluation import score_fixations, score_reconstructions
+from evaluation import score_fixations, score_naturalness, score_reconstructions
 from pipeline import options, program
 
 # Modules with a docstring, add_options(parser) and run(args) -> exit code.
-COMMANDS = {"fixations": score_fixations, "reconstruction": score_reconstructions}
+COMMANDS = {"fixations": score_fixations, "reconstruction": score_reconstructions, "naturalness": score_naturalness}
 
 
 def get_parser() -> options.Parser:

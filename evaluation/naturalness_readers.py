@@ -1,0 +1,130 @@
+"""What reads pictures for their naturalness: the layers of a checkpoint, and the controls beside them."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evaluation.map_sources import choose_layers
+from models.errors import UserError
+from pipeline import artefacts, networks
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.backbones import Backbone
+    from models.vlm import VisualLanguageModel
+
+MODEL, NOTHING, RANDOM = "language model", "predict nothing", "random CNN"
+PREDICTORS = {  # the columns of the tables
+    MODEL: "the checkpoint's, on the CNN that it was trained on",
+    NOTHING: "always the mean: the energy of the same features",
+    "repeat last": "the feature that was read last, of the same features",
+    RANDOM: "the checkpoint's language model and projection on a CNN that was never trained",
+}
+AT_ONCE = 4  # pictures; more need more memory, and are no faster
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A network with language models for some of its layers, which `titles` name in the tables.
+
+    `weights` is where the network's come from; `facts` are plain JSON and determine what it says.
+    """
+
+    backbone: "Backbone"
+    vlm: "VisualLanguageModel"
+    titles: Mapping[str, str]
+    random: bool
+    weights: str
+    facts: artefacts.Facts
+
+    @property
+    def crop(self) -> tuple[int, int]:
+        """Height and width of the pictures that it was trained on."""
+        return self.backbone.architecture.crop
+
+    def read(self, pictures: Sequence[np.ndarray]) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
+        """Title, predictor, losses (N,) and maps (N, h-1, w-1) of pictures (H, W, 3) of one size, for each layer."""
+        parts: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {}
+        for start in range(0, len(pictures), AT_ONCE):
+            for key, found in self._read(np.stack([p.astype(np.float32) for p in pictures[start : start + AT_ONCE]])):
+                parts.setdefault(key, []).append(found)
+        for (title, predictor), found in parts.items():
+            losses, maps = (np.concatenate(values) for values in zip(*found, strict=True))
+            yield title, predictor, losses, maps
+
+    def _read(self, stack: np.ndarray) -> Iterator[tuple[tuple[str, str], tuple[np.ndarray, np.ndarray]]]:
+        import torch
+
+        from models.naturalness import features_of_crops, losses_and_maps
+        from models.vlm import DIRECTIONS, TRIVIAL_PREDICTORS
+
+        projected = features_of_crops(self.backbone, self.vlm, stack, self.titles)
+        for layer, title in self.titles.items():
+            trained = self.vlm.layers[layer]
+            trivial = {} if self.random else TRIVIAL_PREDICTORS
+            by_name: dict[str, Any] = {RANDOM if self.random else MODEL: trained}
+            by_name |= {name: dict.fromkeys(DIRECTIONS, predictor) for name, predictor in trivial.items()}
+            for name, predictors in by_name.items():
+                with torch.no_grad():
+                    losses, maps = losses_and_maps(projected[layer], predictors)
+                yield (title, name), (losses.cpu().double().numpy(), maps.cpu().double().numpy())
+
+    def stride(self, title: str) -> int:
+        """Pixels from cell to cell of a title's map."""
+        layer = next(layer for layer, name in self.titles.items() if name == title)
+        return self.backbone.architecture.stride(layer)
+
+
+def load_readers(
+    checkpoints: Mapping[Path, "tuple[VisualLanguageModel, artefacts.Facts]"],
+    wanted: Sequence[str] | None,
+    load: Callable[[str, list[str], bool], "tuple[Backbone, Any]"],
+    device: "torch.device",
+) -> list[Reader]:
+    """A reader with the trained network and one with a random one for every checkpoint (path -> model, configuration).
+
+    Args:
+        wanted: layers, None for all.
+        load: gives the network of a name for some layers, trained or random, and its weights' facts.
+    """
+    there = {path: list(vlm.layers) for path, (vlm, _) in checkpoints.items()}
+    chosen = choose_layers(there, wanted) if wanted else there
+    readers: list[Reader] = []
+    taken: Counter[str] = Counter()
+    for path, (vlm, configuration) in checkpoints.items():
+        name, titles = configuration["backbone"], {}
+        for layer in chosen[path]:
+            taken[title := f"{name}-{layer}"] += 1
+            titles[layer] = title if taken[title] == 1 else f"{title}-{taken[title]}"
+        vlm = vlm.freeze().to(device)
+        facts = {"backbone": name, "vlm_sha256": artefacts.file_sha256(path), "layers": titles}
+        for random in (False, True):
+            backbone, weights = load(name, chosen[path], random)
+            described = {**facts, **networks.weights_facts(backbone, weights), "random": random}
+            readers.append(Reader(backbone, vlm, titles, random, weights.source, described))
+    return readers
+
+
+def common_held_out(checkpoints: Mapping[Path, "tuple[VisualLanguageModel, artefacts.Facts]"]) -> list[str]:
+    """Names of the images that no layer of any checkpoint was trained on, as they state.
+
+    Raises:
+        UserError: a checkpoint does not say so, or there are none.
+    """
+    common: set[str] | None = None
+    for path, (_, configuration) in checkpoints.items():
+        for layer, facts in configuration["training"].items():
+            names = facts.get("held_out_names")
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise UserError(
+                    f"{path} does not say which images were held out from {layer}: give a folder of such images"
+                )
+            common = set(names) if common is None else common & set(names)
+    if not common:
+        raise UserError("no image was held out from every layer: give a folder of images that none was trained on")
+    return sorted(common)
