@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models.errors import UserError
 from pipeline import artefacts, distributed, networks, options, program
 from pipeline.progress import Progress, SafePoints
-from pipeline.views import Views, network_batches
+from pipeline.views import Views, add_view_options, network_batches
 
 if TYPE_CHECKING:
     from models.backbones import Backbone
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from pipeline.features import FeatureFiles
     from pipeline.tap_statistics import TapStatistics
 
-STATE = "statistics.npz"  # of pass 1, while it runs
 PROJECTED_AT_ONCE = 4  # images; what is projected is still in the processor's cache
 RECONSTRUCTION_TARGETS = ("pool5", "fc6", "fc7", "fc8")
 
@@ -108,53 +106,6 @@ def fit_projections(statistics: "TapStatistics") -> "dict[str, Projection]":
     return projections
 
 
-def make_projections(
-    path: Path,
-    images: np.ndarray,
-    backbone: "Backbone",
-    layers: Sequence[str],
-    others: Sequence[str],
-    *,
-    rows: np.ndarray,
-    batch_size: int,
-    facts: artefacts.Facts,
-    about: artefacts.Facts,
-) -> None:
-    """Pass 1 and the PCA of its samples -> projection.safetensors, unless it is finished.
-
-    Args:
-        facts: that determine it, `pca_positions` and `seed` among them; a file of others is refused.
-        about: that is noted beside them.
-    """
-    from pipeline.tap_statistics import projection_tensors
-
-    facts = {**facts, "layers": layers, "statistics": sorted({*layers, *others})}
-    if distributed.first(lambda: artefacts.is_finished(path, facts, False)):
-        print(f"{path} is finished")
-    else:
-        drawn = {"pca_positions": facts["pca_positions"], "seed": facts["seed"]}
-        statistics = collect_statistics(
-            images,
-            backbone,
-            layers,
-            others,
-            rows=rows,
-            batch_size=batch_size,
-            state=path.with_name(STATE),
-            facts=facts,
-            **drawn,
-        )
-
-        def write() -> None:
-            tensors = projection_tensors(fit_projections(statistics), statistics.moments)
-            shared = {key: about[key] for key in ("weights", "sources")}
-            artefacts.write_tensors(path, tensors, {**shared, **facts})
-            artefacts.write_json(artefacts.sidecar_path(path), {**facts, **about, "versions": program.versions()})
-
-        distributed.first(write)
-    distributed.first(lambda: artefacts.discard(path.with_name(STATE)))
-
-
 def write_features(
     images: np.ndarray,
     backbone: "Backbone",
@@ -185,13 +136,6 @@ def write_features(
         files.finish()
 
 
-def invalidate(folder: Path, layers: Sequence[str]) -> None:
-    """Declare the projection and the features of some layers unfinished, and drop every state."""
-    artefacts.discard(folder / STATE)
-    for name in ("projection.safetensors", *(f"{layer}.npy" for layer in layers)):
-        artefacts.is_finished(folder / name, {}, overwrite=True)
-
-
 def get_parser() -> options.Parser:
     """Options; those without a default here take the preset's."""
     parser = options.stage_parser(__doc__)
@@ -220,37 +164,29 @@ def get_parser() -> options.Parser:
     parser.add_argument(
         "--pca-positions", type=options.positive, help="positions that PCA is fitted on, spread over all images"
     )
-    parser.add_argument("--views", type=options.positive, help="of each image; the first is the centre crop")
-    parser.add_argument("--random-crop", action="store_true", help="the other views are crops drawn from the image")
-    parser.add_argument("--flip", action="store_true", help="half of the other views are mirrored")
+    add_view_options(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the inputs, describe the results, make what of them is missing."""
     args = options.parse_args(get_parser(), argv, "extract_features")
-    if (args.views > 1) != (args.random_crop or args.flip):
-        raise UserError("--views 2 or more goes together with --random-crop, --flip or both: give both or neither")
+    views = Views.checked(args.views, args.random_crop, args.flip, args.seed)
     device = networks.pick_device(args.device)
     folder = args.out or args.root / "features"
     with distributed.group(device), artefacts.claim(folder):
-        from pipeline.features import FeatureFiles, check_room, feature_facts, unfinished
+        from pipeline.features import STATE, FeatureFiles, check_room, clear, feature_facts, unfinished
         from pipeline.images import open_stored
-        from pipeline.splits import choose_held_out
-        from pipeline.tap_statistics import read_projections
+        from pipeline.splits import split_for_statistics
+        from pipeline.tap_statistics import read_projections, write_projections
 
         images, source = open_stored(args.images or args.root / "images.npy")
         images, names = images[: args.limit], source["names"][: args.limit]
-        held_out = choose_held_out(args.held_out, names, args.seed)
-        if len(held_out) == len(images):
-            raise UserError(f"--held-out leaves none of the {len(images)} images to train on: hold fewer out")
+        held_out, training = split_for_statistics(args.held_out, names, args.seed)
         program.announce(args, device)
         taps = [*(args.layers or []), *(args.statistics or [])]
         backbone, weights = networks.load_backbone(args, args.backbone, taps, device)
-        if device.type == "cpu":
-            import torch
-
-            backbone = backbone.to(memory_format=torch.channels_last)  # measured: alexnet 12 %, vgg16 20 % less time
+        backbone = networks.lay_out(backbone)
         layers = list(dict.fromkeys(args.layers or backbone.architecture.vlm_layers))
         backbone.architecture.check_maps(layers)
         facts = {
@@ -264,25 +200,33 @@ def main(argv: list[str] | None = None) -> None:
             "seed": args.seed,
         }
         if args.overwrite:  # all, before any is made: what is killed in between leaves nothing that looks whole
-            distributed.first(lambda: invalidate(folder, layers))
-        others = args.statistics
-        if others is None:
-            others = [tap for tap in RECONSTRUCTION_TARGETS if tap in backbone.available_taps]
+            distributed.first(lambda: clear(folder, layers))
+        reached = [tap for tap in RECONSTRUCTION_TARGETS if tap in backbone.available_taps]
+        others = ["data", *(reached if args.statistics is None else args.statistics)]
         path = folder / "projection.safetensors"
-        make_projections(
-            path,
-            images,
-            backbone,
-            layers,
-            ["data", *others],
-            rows=np.setdiff1d(np.arange(len(images)), held_out),
-            batch_size=args.batch_size,
-            facts=facts,
-            about={"weights": weights.source, "sources": source.get("sources"), "names": names},
-        )
+        noted = {**facts, "layers": layers, "statistics": sorted({*layers, *others})}
+        if distributed.first(lambda: artefacts.is_finished(path, noted, False)):
+            print(f"{path} is finished")
+        else:
+            statistics = collect_statistics(
+                images,
+                backbone,
+                layers,
+                others,
+                rows=training,
+                pca_positions=args.pca_positions,
+                batch_size=args.batch_size,
+                seed=args.seed,
+                state=folder / STATE,
+                facts=noted,
+            )
+            about = {"weights": weights.source, "sources": source.get("sources"), "names": names}
+            distributed.first(
+                lambda: write_projections(path, fit_projections(statistics), statistics.moments, noted, about)
+            )
+        distributed.first(lambda: artefacts.discard(folder / STATE))
         projections = distributed.first(lambda: read_projections(path, layers))
         facts |= {"projection_sha256": distributed.first(lambda: artefacts.file_sha256(path)), "dtype": args.dtype}
-        views = Views(args.views, args.random_crop, args.flip, args.seed)
         wanted = {n: feature_facts(len(images), backbone, n, p.size, views, facts) for n, p in projections.items()}
         missing = distributed.first(lambda: unfinished(folder, wanted))
         if not missing:
@@ -290,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         check_room(folder, missing)
         files = FeatureFiles(folder, missing, distributed.span(len(images) * views.count, args.batch_size))
-        projections = {layer: projections[layer] for layer in missing}
+        projections = {layer: projections[layer] for layer in files.writers}
         write_features(images, backbone, projections, files, batch_size=args.batch_size, views=views)
         print(f"{folder}: features of {', '.join(missing)} written")
 

@@ -117,22 +117,6 @@ def train_on_disk(
         )
 
 
-def check_precision(precision: str, device: "torch.device") -> None:
-    """Raise a UserError where a device cannot train an LSTM in a precision."""
-    import torch
-
-    from models.training import batch_loss
-    from models.vlm import LayerModel
-
-    if precision == "float32":
-        return
-    try:
-        batch_loss(LayerModel(16).to(device), torch.ones(1, 16, 3, 3, device=device), precision).backward()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--precision {precision} does not work on {device} ({reason}): use float32") from None
-
-
 def get_parser() -> options.Parser:
     """Options; those without a default here take the preset's."""
     parser = options.stage_parser(__doc__)
@@ -221,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
 
         features = open_features(args.features or args.root / "features", args.layers)
         with artefacts.claim(*(args.root / "train_state" / layer for layer in features.layers)):
-            from models.training import default_decays, share_of_rate
+            from models.training import check_precision, default_decays, share_of_rate
             from pipeline import language_models
             from pipeline.splits import split_for_training
             from pipeline.training_runs import Run, TrainingFacts

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.descent import MomentumSGD
+from models.errors import UserError
 from models.randomness import seed_for
 from models.vlm import LayerModel
 
@@ -57,6 +58,17 @@ def batch_loss(layer: LayerModel, p: Tensor, precision: str = "float32") -> Tens
     """
     with torch.autocast(p.device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext():
         return layer.loss(p)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise a UserError where a device cannot train an LSTM in a precision."""
+    if precision == "float32":
+        return
+    try:
+        batch_loss(LayerModel(16).to(device), torch.ones(1, 16, 3, 3, device=device), precision).backward()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--precision {precision} does not work on {device} ({reason}): use float32") from None
 
 
 def update(

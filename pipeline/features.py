@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from models.backbones import Backbone
 
 AFRESH = "rerun extract_features.py --overwrite"
+STATE = "statistics.npz"  # of pass 1, while it runs
 SAVE_EVERY = 60.0  # seconds between two notes of progress on disk
 
 
@@ -170,6 +171,13 @@ def unfinished(folder: Path, facts: Mapping[str, artefacts.Facts]) -> dict[str, 
     return {
         name: f for name, f in facts.items() if not artefacts.is_finished(folder / f"{name}.npy", f, overwrite=False)
     }
+
+
+def clear(folder: Path, layers: Sequence[str]) -> None:
+    """Declare the projection and the features of some layers unfinished, and drop every state."""
+    artefacts.discard(folder / STATE)
+    for name in ("projection.safetensors", *(f"{layer}.npy" for layer in layers)):
+        artefacts.is_finished(folder / name, {}, overwrite=True)
 
 
 class FeatureFiles:

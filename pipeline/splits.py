@@ -30,6 +30,18 @@ def choose_held_out(wanted: int | Path, names: Sequence[str], seed: int) -> list
     return rows_of([line.strip() for line in lines if line.strip()], names, str(wanted))
 
 
+def split_for_statistics(wanted: int | Path, names: Sequence[str], seed: int) -> tuple[list[int], np.ndarray]:
+    """Sorted rows of the images to hold out, see `choose_held_out`, and of the others.
+
+    Raises:
+        UserError: there are no others.
+    """
+    held = choose_held_out(wanted, names, seed)
+    if len(held) == len(names):
+        raise UserError(f"--held-out leaves none of the {len(names)} images to train on: hold fewer out")
+    return held, np.setdiff1d(np.arange(len(names)), held)
+
+
 def split_for_training(
     wanted: int | Path | None, exclude: Sequence[str], names: Sequence[str], kept: Sequence[str], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:

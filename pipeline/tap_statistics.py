@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.errors import UserError
-from pipeline import artefacts, distributed, features
+from pipeline import artefacts, distributed, features, program
 
 if TYPE_CHECKING:
     import torch
@@ -125,6 +125,19 @@ def projection_tensors(
         std, _ = m.guarded_std()
         tensors |= {f"statistics.{tap}.mean": m.mean.float(), f"statistics.{tap}.std": std.float()}
     return tensors
+
+
+def write_projections(
+    path: Path,
+    projections: "dict[str, Projection]",
+    moments: "dict[str, Moments]",
+    facts: artefacts.Facts,
+    about: artefacts.Facts,
+) -> None:
+    """projection.safetensors with `facts`, which determine it, and of `about` what a checkpoint repeats."""
+    shared = {key: about[key] for key in ("weights", "sources")}
+    artefacts.write_tensors(path, projection_tensors(projections, moments), {**shared, **facts})
+    artefacts.write_json(artefacts.sidecar_path(path), {**facts, **about, "versions": program.versions()})
 
 
 def read_projections(path: Path, layers: Sequence[str]) -> "dict[str, Projection]":

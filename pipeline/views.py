@@ -1,12 +1,15 @@
 """Stored images as network input: centre crops, and the other views that training may see of an image."""
 
+import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from models.errors import UserError
 from models.randomness import seed_for
+from pipeline import options
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +34,13 @@ class Views:
         return {} if self.count == 1 else {"views": self.count, "random_crop": self.random_crop, "flip": self.flip}
 
     @classmethod
+    def checked(cls, count: int, random_crop: bool, flip: bool, seed: int) -> "Views":
+        """As options ask for them; a UserError where further views would be the same, or differ in no way."""
+        if (count > 1) != (random_crop or flip):
+            raise UserError("--views 2 or more goes together with --random-crop, --flip or both: give both or neither")
+        return cls(count, random_crop, flip, seed)
+
+    @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> "Views | None":
         """The views that a sidecar states; None where what it says makes no sense."""
         values = facts.get("views", 1), facts.get("random_crop", False), facts.get("flip", False)
@@ -49,6 +59,13 @@ class Views:
         mirrored = bool(generator.integers(0, 2))
         x = x[:, top : top + height, left : left + width] if self.random_crop else centre_crop(x, height, width)
         return x.flip(2) if self.flip and mirrored else x
+
+
+def add_view_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `Views`."""
+    parser.add_argument("--views", type=options.positive, help="of each image; the first is the centre crop")
+    parser.add_argument("--random-crop", action="store_true", help="the other views are crops drawn from the image")
+    parser.add_argument("--flip", action="store_true", help="half of the other views are mirrored")
 
 
 def network_batches(

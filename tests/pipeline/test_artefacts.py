@@ -21,7 +21,7 @@ import saliency
 import train_vlm
 from models.backbones import ARCHITECTURES
 from models.errors import UserError
-from pipeline import artefacts, figures, program, training_log
+from pipeline import artefacts, features, figures, program, training_log
 from pipeline.images import write_png
 from tests.conftest import make_photo
 from tests.models.weights.test_weights import TINY
@@ -430,6 +430,6 @@ def test_spoiled_state_of_the_statistics(how: str, root: Path, capsys: pytest.Ca
     }[how]
     shutil.rmtree(root / "features")
     (root / "features").mkdir()
-    (root / "features" / extract_features.STATE).write_bytes(content)
+    (root / "features" / features.STATE).write_bytes(content)
     assert "is damaged" in refusal(extract_features, command(extract_features, root), capsys)
     assert not executed.exists()

@@ -17,6 +17,7 @@ from PIL import Image
 import train_vlm
 from models.checkpoints import load_vlm, read_tensors
 from models.errors import UserError
+from models.training import check_precision
 from pipeline import artefacts, distributed
 from pipeline.language_models import build_model
 from tests.conftest import make_photo
@@ -322,7 +323,7 @@ def test_mixed_precision(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             train_vlm.main(options)
     assert not (root / "train_state" / "conv1-conv2.safetensors").exists()
     try:
-        train_vlm.check_precision("bfloat16", torch.device("cpu"))
+        check_precision("bfloat16", torch.device("cpu"))
     except UserError:
         return
     train_vlm.main(options)
