@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from models.backbones import Backbone
     from models.vlm import VisualLanguageModel
 
-MODEL, NOTHING, RANDOM = "language model", "predict nothing", "random CNN"
+MODEL, RELATIVE, NOTHING, RANDOM = "language model", "relative", "predict nothing", "random CNN"
 PREDICTORS = {  # the columns of the tables
     MODEL: "the checkpoint's, on the CNN that it was trained on",
+    RELATIVE: "the language model's loss or map over that of predicting nothing: which part stayed unpredicted (ours)",
     NOTHING: "always the mean: the energy of the same features",
     "repeat last": "the feature that was read last, of the same features",
     RANDOM: "the checkpoint's language model and projection on a CNN that was never trained",
@@ -53,9 +54,11 @@ class Reader:
         for start in range(0, len(pictures), AT_ONCE):
             for key, found in self._read(np.stack([p.astype(np.float32) for p in pictures[start : start + AT_ONCE]])):
                 parts.setdefault(key, []).append(found)
-        for (title, predictor), found in parts.items():
-            losses, maps = (np.concatenate(values) for values in zip(*found, strict=True))
+        together = {key: [np.concatenate(of) for of in zip(*found, strict=True)] for key, found in parts.items()}
+        for (title, predictor), (losses, maps) in together.items():
             yield title, predictor, losses, maps
+            if predictor == MODEL:
+                yield title, RELATIVE, *map(_ratio, (losses, maps), together[title, NOTHING])
 
     def _read(self, stack: np.ndarray) -> Iterator[tuple[tuple[str, str], tuple[np.ndarray, np.ndarray]]]:
         import torch
@@ -78,6 +81,11 @@ class Reader:
         """Pixels from cell to cell of a title's map."""
         layer = next(layer for layer, name in self.titles.items() if name == title)
         return self.backbone.architecture.stride(layer)
+
+
+def _ratio(values: np.ndarray, to: np.ndarray) -> np.ndarray:
+    """values / to; 0 where there is nothing to predict."""
+    return np.divide(values, to, out=np.zeros_like(values), where=to > 0)
 
 
 def load_readers(

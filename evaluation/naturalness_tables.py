@@ -10,7 +10,7 @@ import numpy as np
 
 from evaluation import tables
 from evaluation.naturalness_metrics import auc_with_interval, higher
-from evaluation.naturalness_readers import MODEL, NOTHING, PREDICTORS
+from evaluation.naturalness_readers import MODEL, NOTHING, PREDICTORS, RELATIVE
 
 Scores = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]  # by image, title, predictor: see `score_item`
 UNTOUCHED = "untouched"
@@ -114,10 +114,11 @@ def _table(of_title: Mapping[str, Any], measure: str, rows: list[str]) -> str:
 
 
 def failures(summary: Mapping[str, Any]) -> str:
-    """Where the language models' loss does not say what it should, by the intervals of the shares, in plain words."""
+    """Where the language models' losses do not say what they should, by the shares' intervals, in plain words."""
     lines = []
-    for title, of_title in summary["models"].items():
-        shares = of_title[MODEL]["share"]
+    columns = [(t, name, of_title[name]) for t, of_title in summary["models"].items() for name in (MODEL, RELATIVE)]
+    for title, predictor, found in columns:
+        shares = found["share"]
         ends = {s: shares["intervals"][s] for s in summary["spoilings"] if shares["intervals"][s]}
         harmless = [s for s in ends if s in summary["harmless"]]
         below = [s for s, (_, high) in ends.items() if high < 0.5 and s not in harmless]
@@ -132,7 +133,7 @@ def failures(summary: Mapping[str, Any]) -> str:
             )
             if names
         ]
-        lines.append(f"- {title} {'; '.join(said) or 'fails nowhere'}")
+        lines.append(f"- {title}, {predictor}, {'; '.join(said) or 'fails nowhere'}")
     return "Where the measure fails (the interval of the share lies below .5, or holds it):\n\n" + "\n".join(lines)
 
 
@@ -144,7 +145,7 @@ def gains(summary: Mapping[str, Any]) -> str:
         more, less = [s for s in ends if ends[s][0] > 0], [s for s in ends if ends[s][1] < 0]
         lines.append(f"- {pair['model']}: more on {', '.join(more) or 'none'}; less on {', '.join(less) or 'none'}")
     return (
-        f"Where the language model has the higher share, or the lower one, than {NOTHING} (the interval of the paired "
+        f"Where the language model has a higher or a lower share than {NOTHING} (the interval of the paired "
         "difference leaves 0 out):\n\n" + "\n".join(lines)
     )
 

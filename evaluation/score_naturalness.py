@@ -11,8 +11,8 @@ Out: OUT/scores.csv, a line per image, layer, predictor and copy; OUT/summary.js
     torchrun --nproc-per-node=8 evaluate.py naturalness photos/
 
 Scores of every layer: how often a copy has a higher loss than its own original; AUC over images; AUC of the map for the
-pixels of the region. Controls in every table: predict nothing, repeat last, the language model on a random CNN; among
-the copies, the mirrored one.
+pixels of the region. Beside the language model stands its loss relative to predicting nothing. Controls in every table:
+predict nothing, repeat last, the language model on a random CNN; among the copies, the mirrored one.
 
 Where it can fail: the loss is what cannot be predicted, not what is wrong. A blurred copy is *more* predictable than
 its original, so layers that see the detail call it more natural; what leaves a layer's features weak (dark, flat,
