@@ -234,14 +234,14 @@ def main(argv: list[str] | None = None) -> None:
             run = Run(args.root, args.out, vlm.to(device), features, facts, args.from_iteration)
             run.resume(args.overwrite)
             layers = ", ".join(features.layers)
+            watched = held if len(held) else training[:WATCHED]
             if run.is_done and distributed.first(run.is_written):
                 print(f"{run.out}: {layers} finished {run.iteration} iterations: nothing to do")
                 return
             if run.is_done:
-                distributed.first(run.merge)
+                run.complete(watched, device)
             elif run.iteration > args.from_iteration:
                 print(f"going on after iteration {run.iteration}")
-            watched = held if len(held) else training[:WATCHED]
             train_on_disk(run, training, watched, device, args.log_every, args.checkpoint_every)
             print(f"{run.out}: {layers} trained for {run.iteration} iterations")
 

@@ -60,20 +60,28 @@ def rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def measure(layer: "LayerModel", stored: np.ndarray, rows: np.ndarray, device: object) -> dict[str, float]:
-    """Mean loss of a model (`model`) and of the trivial predictors on some rows; ranks share the work."""
+def measure(
+    layer: "LayerModel", stored: np.ndarray, rows: np.ndarray, device: object
+) -> tuple[dict[str, float], list[float]]:
+    """Mean loss of a model (`model`) and of the trivial predictors on some rows; ranks share the work.
+
+    With them the quantiles of the model's losses of single rows, see `models.naturalness.quantiles`.
+    """
     import torch
 
+    from models.naturalness import losses_and_maps, quantiles
     from models.vlm import TRIVIAL_PREDICTORS, trivial_losses
 
-    sums = dict.fromkeys(("model", *TRIVIAL_PREDICTORS), 0.0)
+    sums, losses = dict.fromkeys(TRIVIAL_PREDICTORS, 0.0), []
     with torch.no_grad():
         for start in distributed.share(range(0, len(rows), VALIDATION_BATCH)):
             chosen = rows[start : start + VALIDATION_BATCH]
             p = read_batch(stored, chosen, device)
-            for name, value in {"model": layer.loss(p).item(), **trivial_losses(p)}.items():
+            losses += losses_and_maps(p, layer)[0].tolist()
+            for name, value in trivial_losses(p).items():
                 sums[name] += value * len(chosen)
-    return {name: distributed.total(value) / len(rows) for name, value in sums.items()}
+    means = {name: distributed.total(value) / len(rows) for name, value in {"model": sum(losses), **sums}.items()}
+    return means, quantiles(loss for part in distributed.gather(losses) for loss in part)
 
 
 def read_log(path: Path) -> list[LogLine]:

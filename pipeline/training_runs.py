@@ -72,6 +72,7 @@ class Run:
         iteration: updates that are made.
         log: lines of log.csv of this run.
         losses: by layer, of the updates since the last line.
+        quantiles: by layer, of the losses of the held-out images when the last line was written.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Run:
         self.iteration = first_iteration
         self.log: list[LogLine] = []
         self.losses: dict[str, list[float]] = {layer: [] for layer in features.layers}
+        self.quantiles: dict[str, list[float]] = {}
         self.line_time, self.line_iteration = time.monotonic(), first_iteration
 
     @property
@@ -109,15 +111,15 @@ class Run:
         import torch
 
         if found := distributed.first(lambda: self._read_state(overwrite)):
-            tensors, self.iteration, self.log, self.losses = found
+            tensors, self.iteration, self.log, self.losses, self.quantiles = found
             with torch.no_grad():
                 for i, (p, v) in enumerate(zip(self.optimizer.parameters, self.optimizer.velocities, strict=True)):
                     p.copy_(tensors[f"parameter.{i}"])
                     v.copy_(tensors[f"velocity.{i}"])
         self.line_time, self.line_iteration = time.monotonic(), self.iteration
 
-    def _read_state(self, overwrite: bool) -> "tuple[dict[str, torch.Tensor], int, list, dict] | None":
-        """Tensors, updates, log and losses of the state, if there is one."""
+    def _read_state(self, overwrite: bool) -> "tuple[dict[str, torch.Tensor], int, list, dict, dict] | None":
+        """Tensors, updates, log, losses and quantiles of the state, if there is one; an older one has no quantiles."""
         from models.checkpoints import AFRESH, check_state, read_state, read_tensors
 
         read_log(self.root / "log.csv")
@@ -131,11 +133,12 @@ class Run:
         try:
             log = [LogLine.from_row([row[0], *_numbers(row[1:])]) for row in noted["log"]]
             losses = {layer: _numbers(noted["losses"][layer]) for layer in self.losses}
+            quantiles = {layer: _numbers(values) for layer, values in noted.get("quantiles", {}).items()}
             done, most, decays = noted["iteration"], noted["facts"]["iterations"], _numbers(noted["facts"]["decay_at"])
             if not (0 <= done <= most and {line.layer for line in log} <= losses.keys() == noted["losses"].keys()):
                 raise ValueError("other layers or updates")
             changed = self._conflicts(noted["facts"], done, decays)
-        except (KeyError, IndexError, ValueError, TypeError, OverflowError):
+        except (AttributeError, KeyError, IndexError, ValueError, TypeError, OverflowError):
             raise UserError(f"{self.state} holds damaged notes of an interrupted run: {AFRESH}") from None
         if changed:
             raise UserError(
@@ -145,7 +148,7 @@ class Run:
         check_state(
             self.state, tensors, {f"{kind}.{i}": s for i, s in enumerate(shapes) for kind in ("parameter", "velocity")}
         )
-        return tensors, done, log, losses
+        return tensors, done, log, losses, quantiles
 
     def _inputs(self) -> artefacts.Facts:
         provenance = self.features.provenance
@@ -183,7 +186,7 @@ class Run:
         now = time.monotonic()
         rate = (self.iteration - self.line_iteration) / (now - self.line_time)
         for layer, losses in self.losses.items():
-            found = measure(self.vlm.layers[layer], self.features.stored[layer], watched, device)
+            found = self.measure(layer, watched, device)
             values = (
                 self.optimizer.lr,
                 sum(losses) / len(losses),
@@ -197,6 +200,22 @@ class Run:
             print(self.log[-1], flush=True)
         self.line_time, self.line_iteration = time.monotonic(), self.iteration
 
+    def measure(self, layer: str, watched: np.ndarray, device: object) -> dict[str, float]:
+        """Losses of a layer on some rows, see `training_log.measure`; if they are held out their quantiles are kept."""
+        means, quantiles = measure(self.vlm.layers[layer], self.features.stored[layer], watched, device)
+        if self.facts.held_out:
+            self.quantiles[layer] = [rounded(value) for value in quantiles]
+        return means
+
+    def complete(self, watched: np.ndarray, device: object) -> None:
+        """Write anew what a run that is done left unwritten; an older version did not keep quantiles."""
+        for layer in self._without_quantiles():
+            self.measure(layer, watched, device)
+        self.save()
+
+    def _without_quantiles(self) -> list[str]:
+        return [layer for layer in self.losses if self.facts.held_out and layer not in self.quantiles]
+
     def save(self) -> None:
         """Write the state, then merge the layers into the checkpoint, the log and the picture; rank 0 alone does."""
         distributed.first(self._save)
@@ -205,7 +224,7 @@ class Run:
         tensors = {f"parameter.{i}": p for i, p in enumerate(self.optimizer.parameters)}
         tensors |= {f"velocity.{i}": v for i, v in enumerate(self.optimizer.velocities)}
         noted = {"facts": {**self.facts.as_json(), **self._inputs()}, "iteration": self.iteration}
-        noted |= {"log": [list(astuple(line)) for line in self.log], "losses": self.losses}
+        noted |= {"log": [list(astuple(line)) for line in self.log], "losses": self.losses, "quantiles": self.quantiles}
         artefacts.write_tensors(self.state, tensors, noted)
         self.merge()
 
@@ -222,12 +241,14 @@ class Run:
         last = {line.layer: line.facts() for line in self.log}
         facts = {**self.facts.as_json(), "iterations_done": self.iteration}
         training = {layer: {**facts, "losses": last.get(layer)} for layer in self.losses}
+        for layer, values in self.quantiles.items():
+            training[layer]["held_out_quantiles"] = values
         return {**self.features.provenance.facts(), "training": training}
 
     def is_written(self) -> bool:
         """Whether the checkpoint and what stands beside it hold all that this run has reached."""
         sidecar = artefacts.sidecar_path(self.out)
-        if not self.out.is_file() or not sidecar.is_file():
+        if self._without_quantiles() or not self.out.is_file() or not sidecar.is_file():
             return False
         noted = artefacts.read_sidecar(self.out, "train_vlm.py")
         trained = noted.get("training")

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 import train_vlm
+from models import naturalness
 from models.checkpoints import load_vlm, read_tensors
 from models.descent import MomentumSGD, Schedule
 from models.errors import UserError
 from models.vlm import CELLS, LayerModel
 from pipeline import artefacts, options
+from pipeline.features import read_batch
 from tests.conftest import RUN
 
 SMALL = ["--layers", "conv5", "--iterations", "2", "--batch-size", "2", "--checkpoint-every", "1"]
@@ -101,3 +103,31 @@ def test_default_decays_follow_the_length_of_the_run(workspace: Path, tmp_path: 
     assert facts["decay_at"] == [2, 4, 6]
     for preset in options.PRESETS.values():
         assert preset["train_vlm"]["decay_at"].value is None
+
+
+def test_checkpoint_keeps_the_quantiles_of_held_out_losses(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Of every held-out image by itself, as of the last line of the log; a state of an older version gets them anew."""
+    command = workspace_of(workspace, tmp_path)
+    names = artefacts.read_sidecar(workspace / "images.npy", "")["names"]
+    (tmp_path / "held.txt").write_text("\n".join(names[row] for row in (1, 4, 7)))
+    command += ["--held-out", str(tmp_path / "held.txt")]
+    train_vlm.main(command)
+    path = tmp_path / "vlm.safetensors"
+    vlm, noted = load_vlm(path)
+    found = noted["training"]["conv5"]["held_out_quantiles"]
+    stored = read_batch(np.load(tmp_path / "features" / "conv5.npy"), np.array([1, 4, 7]), "cpu")
+    losses = [vlm.layers["conv5"].loss(p[None]).item() for p in stored]
+    assert len(found) == len(naturalness.LEVELS)
+    assert (found[0], found[10], found[-1]) == pytest.approx(tuple(sorted(losses)), rel=1e-4)
+    assert noted["training"]["conv5"]["losses"]["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    state = tmp_path / "train_state" / "conv5.safetensors"
+    tensors, notes = read_tensors(state)
+    notes.pop("quantiles")
+    artefacts.write_tensors(state, tensors, notes)
+    train_vlm.main(command)
+    assert load_vlm(path)[1]["training"]["conv5"]["held_out_quantiles"] == found
+    capsys.readouterr()
+    train_vlm.main(command)
+    assert "nothing to do" in capsys.readouterr().out
