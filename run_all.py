@@ -79,14 +79,13 @@ def print_plan(args: argparse.Namespace) -> None:
     import importlib
 
     from models.backbones import ARCHITECTURES
+    from models.objective import descent_for
     from pipeline import plan
 
     used = {}
     for stage, commands in stage_commands(args).items():
         parser = importlib.import_module(stage).get_parser()
         used[stage] = [(argv, options.parse_args(parser, argv, stage)) for argv in commands]
-    for _, stage_args in used["reconstruct"]:
-        importlib.import_module("reconstruct").resolve_defaults(stage_args, "")
     first = {stage: parsed[0][1] for stage, parsed in used.items()}
     architecture = ARCHITECTURES[first["extract_features"].backbone]
     layers = args.layers or list(architecture.vlm_layers)
@@ -97,7 +96,8 @@ def print_plan(args: argparse.Namespace) -> None:
         layers,
         batch=first["train_vlm"].batch_size,
         iterations=first["train_vlm"].iterations,
-        reconstruction_iterations=first["reconstruct"].iterations,
+        reconstruction_iterations=first["reconstruct"].iterations
+        or descent_for(first["reconstruct"].descent, first["reconstruct"].regularizer).iterations,
         pca_positions=first["extract_features"].pca_positions,
         itemsize=2 if first["extract_features"].dtype == "float16" else 4,
         processes=args.processes,
@@ -128,10 +128,10 @@ def figure(args: argparse.Namespace) -> Path:
 
     image = args.image or sample_image()
     name = output_name(image.stem)
-    target = PRESETS[args.preset]["reconstruct"]["target"].value
+    target, descent = (PRESETS[args.preset]["reconstruct"][key].value for key in ("target", "descent"))
     pictures = {"image": read_rgb(image)}
     for regularizer, title in (("vlm", "with language model"), ("none", "without")):
-        folder = args.root / "reconstructions" / f"{name}-{target}-{regularizer}"
+        folder = args.root / "reconstructions" / f"{name}-{target}-{regularizer}-{descent}"
         if (folder / "reconstruction.png").is_file():
             pictures[f"{target} {title}"] = read_rgb(folder / "reconstruction.png")
     saliency = args.root / "saliency" / f"{name}.npy"
@@ -154,7 +154,7 @@ def get_parser() -> options.Parser:
     parser.add_argument("--num-images", type=options.positive, help="a random subset of the source")
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to extract and train (default: six)")
     parser.add_argument("--iterations", type=options.positive, help="training updates (default: the preset's)")
-    parser.add_argument("--reconstruction-iterations", type=options.positive, help="(default: the preset's)")
+    parser.add_argument("--reconstruction-iterations", type=options.positive, help="(default: the descent's)")
     parser.add_argument(
         "--image", type=options.readable_file, help="photo for stages 4 and 5 (default: a sample photo)"
     )

@@ -2,11 +2,10 @@
 
 import torch
 
-import reconstruct
 from benchmarks.networks import make_backbone, make_projection
 from benchmarks.timing import SEED, Figure, Report, Setup, ratio, seconds
 from models.backbones import Backbone
-from models.descent import MomentumSGD, Schedule
+from models.descent import MomentumSGD, Pixels, Schedule, descend
 from models.objective import ReconstructionLoss, default_layer_weights
 from models.vlm import VisualLanguageModel
 
@@ -35,15 +34,15 @@ def measure(setup: Setup) -> Report:
     pixels = (60 * torch.randn(1, 3, *architecture.crop, generator=generator)).to(setup.device)
     target = torch.randn(1, channels, *architecture.grid(TARGET, *architecture.crop), generator=generator)
     loss = ReconstructionLoss(backbone, TARGET, target.to(setup.device), torch.ones(channels).to(setup.device), vlm)
-    moving = pixels.clone().requires_grad_()
-    optimizer = MomentumSGD([moving], lr=1e-3)
+    moving = Pixels(pixels)
+    optimizer = MomentumSGD(moving.parameters, lr=1e-3)
     x = backbone.from_pixels(pixels).clone().requires_grad_()
     taps = [*layers, TARGET]
     features = {name: value.detach().requires_grad_() for name, value in backbone(x, taps).items()}
     gradients = [torch.randn(value.shape, generator=generator).to(setup.device) for value in features.values()]
 
     def iteration() -> None:
-        reconstruct.descend(loss, moving, optimizer, Schedule(1e-3), 1, lambda i, terms: None)
+        descend(loss, moving, optimizer, Schedule(1e-3), 1, lambda i, terms: None)
 
     def network() -> None:
         torch.autograd.grad(list(backbone(x, taps).values()), x, gradients)

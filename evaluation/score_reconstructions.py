@@ -167,7 +167,7 @@ def find_results(folders: list[Path]) -> list[Result]:
     Raises:
         UserError: there are none, or not all of one feature of one backbone.
     """
-    from models.regularizers import REGULARIZERS
+    from models.objective import REGULARIZERS
 
     results = []
     for folder in folders:
@@ -191,7 +191,7 @@ def group_by_model(results: list[Result]) -> dict[str, dict[str, Result]]:
 
     A model is called by its regulariser, with the settings that tell it apart where that has several.
     """
-    from models.regularizers import REGULARIZERS
+    from models.objective import REGULARIZERS
 
     by_settings: dict[str, list[Result]] = {}
     for result in results:
@@ -289,9 +289,9 @@ def controls(backbone: "Backbone", original: np.ndarray, seed: int) -> dict[str,
     """The pictures of `CONTROLS`, (H, W, 3) in 0-255."""
     import torch
 
-    from models.objective import initial_pixels_of_norm
+    from models.descent import noise_of_norm
 
-    noise = initial_pixels_of_norm(original.shape[:2], seed).to(backbone.device)
+    noise = noise_of_norm(original.shape[:2], seed).to(backbone.device)
     rgb = backbone.to_rgb(torch.cat([noise, torch.zeros_like(noise)])).permute(0, 2, 3, 1).cpu().numpy()
     return dict(zip(CONTROLS, (original.astype(np.float32), *rgb), strict=True))
 

@@ -1,13 +1,20 @@
-"""The objective of reconstruction: match a CNN feature, stay natural."""
+"""The objective of reconstruction: match a CNN feature, stay natural.
 
+What keeps a reconstruction natural is a `Regularizer`: `vlm` is the paper; `none` its control; `l2` penalises the norm
+(Simonyan, Vedaldi & Zisserman 2014, arXiv 1312.6034); `tv` is Mahendran & Vedaldi 2015 (arXiv 1412.0035) with the
+settings of their experiments (https://github.com/aravindhm/deep-goggle, experiments/experiment_cnn.m); `vlm+tv` adds
+their smoothness to the paper's.
+"""
+
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from models.backbones import Architecture, Backbone
+from models.descent import DESCENTS, IMAGE_NORM, MAHENDRAN, PAPER, Descent
 from models.errors import UserError
-from models.regularizers import IMAGE_NORM
 from models.vlm import VisualLanguageModel
 
 
@@ -49,6 +56,57 @@ PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"l2": _power_sum(2), "l6": _
 def penalty(name: str, pixels: Tensor) -> Tensor:
     """One of `PENALTIES` over 2·`IMAGE_NORM`², as Mahendran & Vedaldi scale it against the relative feature error."""
     return PENALTIES[name](pixels) / (2 * IMAGE_NORM**2)
+
+
+@dataclass(frozen=True)
+class Regularizer:
+    """What is added to the feature's error.
+
+    Attributes:
+        vlm: whether language models are part of it.
+        relative: the feature's error is |φ(x) - φ₀|²/|φ₀|², not the mean of ((φ(x) - φ₀)/σ)².
+        penalties: λ by name of `PENALTIES`; None depends on the tap, see `penalties_for`.
+        descent: its authors' own.
+    """
+
+    vlm: bool = False
+    relative: bool = False
+    penalties: Mapping[str, float | None] = field(default_factory=dict)
+    descent: Descent = PAPER
+
+
+REGULARIZERS: dict[str, Regularizer] = {
+    "none": Regularizer(),
+    # Simonyan et al. start from the mean image, and give no step for inversion: the descent is Mahendran & Vedaldi's,
+    # at a tenth of their rate, which from that start leaves the loss of alexnet's pool5 where it was (80 iterations).
+    "l2": Regularizer(
+        relative=True,
+        penalties={"l2": 1.0},
+        descent=replace(MAHENDRAN, start="zero", learning_rate=MAHENDRAN.learning_rate / 10),
+    ),
+    "tv": Regularizer(relative=True, penalties={"tv": None, "l6": 8e-10}, descent=MAHENDRAN),
+    "vlm": Regularizer(vlm=True),
+    # differs from the paper: a light total variation takes away the noise that its language models let pass. Of 0.3, 1,
+    # 3, 10 and 30, 10 was best by the classifier on five sample photos (alexnet, pool5, 150 updates).
+    "vlm+tv": Regularizer(vlm=True, penalties={"tv": 10.0}),
+}
+
+
+def descent_for(name: str, regularizer: str) -> Descent:
+    """The descent of a name in `DESCENTS` for a regulariser."""
+    return DESCENTS[name] or REGULARIZERS[regularizer].descent
+
+
+def penalties_for(regularizer: str, tap: str) -> dict[str, float]:
+    """λ of every penalty for a tap.
+
+    Mahendran & Vedaldi smooth by depth: λ 1 up to conv2, 10 up to conv4, 100 beyond; for VGG its blocks count.
+    """
+    block = re.search(r"\d", tap)
+    depth = int(block.group()) if block else 0
+    by_depth = 1.0 if depth <= 2 else 10.0 if depth <= 4 else 100.0
+    penalties = REGULARIZERS[regularizer].penalties
+    return {name: by_depth if weight is None else weight for name, weight in penalties.items()}
 
 
 class ReconstructionLoss:
@@ -117,22 +175,3 @@ class ReconstructionLoss:
             terms[name] = penalty(name, pixels)
             total = total + weight * terms[name]
         return {"total": total, **terms}
-
-
-def initial_pixels(backbone: Backbone, mean: Tensor, std: Tensor, size: tuple[int, int], seed: int) -> Tensor:
-    """Gaussian noise (1, 3, H, W) with the statistics of the `data` layer, as mean-subtracted pixels.
-
-    differs from the original: the noise is seeded.
-    """
-    x = _noise(size, seed) * std.cpu()[:, None, None] + mean.cpu()[:, None, None]
-    return backbone.to_pixels(x.to(backbone.device))
-
-
-def initial_pixels_of_norm(size: tuple[int, int], seed: int) -> Tensor:
-    """Gaussian noise (1, 3, H, W) of norm `IMAGE_NORM`, the start of Mahendran & Vedaldi."""
-    noise = _noise(size, seed)
-    return noise * (IMAGE_NORM / noise.norm())
-
-
-def _noise(size: tuple[int, int], seed: int) -> Tensor:
-    return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(seed))

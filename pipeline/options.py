@@ -4,9 +4,10 @@ Nothing here imports torch, so that `--help` answers at once.
 """
 
 import argparse
+import importlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -102,6 +103,18 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None, stage: s
         parser.set_defaults(root=Path("out") / name)
         set_defaults(parser, PRESETS[name].get(stage, {}))
     return parser.parse_args(argv)
+
+
+def entry_of(module: str, registry: str) -> Callable[[str], str]:
+    """argparse type: a name in a registry of some module, which is imported only once a value is read."""
+
+    def entry(text: str) -> str:
+        names = getattr(importlib.import_module(module), registry)
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is unknown: choose from {', '.join(names)}")
+        return text
+
+    return entry
 
 
 def natural(text: str) -> int:

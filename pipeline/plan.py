@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbones import Architecture, Backbone
-from models.objective import default_layer_weights
+from models.objective import default_layer_weights, descent_for
 from models.training import default_decays, share_of_rate
 from pipeline.presets import CARRIED, CODE, OURS, PRESETS, Setting
 
@@ -43,6 +43,8 @@ def values_used(stage: str, preset: str, used: Mapping[str, Any], layers: list[s
     if stage == "train_vlm":
         derived["decay_at"] = default_decays(used["iterations"])
         derived["learning_rate"] = share_of_rate(used["joint_learning_rate"], len(layers))
+    if stage == "reconstruct":
+        derived["iterations"] = descent_for(used["descent"], used["regularizer"]).iterations
     rows = {}
     for name, setting in PRESETS[preset][stage].items():
         if used[name] is None and setting.rule:

@@ -24,8 +24,7 @@ from scipy.io import savemat
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # not to be instrumented
 
-with atheris.instrument_imports(include=["models", "pipeline", "numpy.lib", "reconstruct", "train_vlm"]):
-    import reconstruct
+with atheris.instrument_imports(include=["models", "pipeline", "numpy.lib", "train_vlm"]):
     from evaluation import fixations
     from models import checkpoints, weights
     from models.backbones import ARCHITECTURES
@@ -33,6 +32,7 @@ with atheris.instrument_imports(include=["models", "pipeline", "numpy.lib", "rec
     from models.weights import caffe
     from pipeline import artefacts
     from pipeline.features import open_features
+    from pipeline.targets import read_statistics
 
 from tests.evaluation.test_fixations import STIMULI, cells, osie
 from tests.models.test_checkpoints import (
@@ -140,7 +140,7 @@ def fuzz_metadata(data: bytes) -> None:
         path.write_bytes(data if kind == b"2" else named(MODEL, data.decode("utf-8", "replace")))
         artefacts.sidecar_path(path).write_text("{}")
         refused(checkpoints.load_vlm, path)
-        refused(reconstruct.read_statistics, path, "tiny")
+        refused(read_statistics, path, "tiny")
         refused(open_features, FOLDER, None)
     elif kind in b"4":
         (FOLDER / "y.npy.partial").write_bytes(ARRAY)

@@ -1,6 +1,7 @@
 """Regularisers against closed forms and plain loops; reconstruct.py on several inputs."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,13 +13,27 @@ from PIL import Image
 from torch import Tensor
 
 import reconstruct
-from models import objective
+from models import descent, objective
 from models.backbones import ARCHITECTURES, Backbone, random_parameters
-from models.descent import MomentumSGD, Schedule
+from models.descent import (
+    DESCENTS,
+    FOURIER,
+    IMAGE_NORM,
+    OPTIMIZERS,
+    PARAMETRIZATIONS,
+    STARTS,
+    Adam,
+    Fourier,
+    MomentumSGD,
+    Pixels,
+    Schedule,
+    descend,
+)
 from models.errors import UserError
+from models.objective import REGULARIZERS, Regularizer, descent_for, penalties_for
 from models.randomness import split_images
-from models.regularizers import IMAGE_NORM, REGULARIZERS, Regularizer, learning_rate_for, penalties_for
 from models.vlm import VisualLanguageModel
+from pipeline import reconstruction, targets
 from tests.conftest import RUN, make_photo
 
 
@@ -77,12 +92,12 @@ def test_relative_feature_loss() -> None:
 
 
 def test_start_has_the_norm_of_an_image() -> None:
-    start = objective.initial_pixels_of_norm((227, 227), 5)
+    start = descent.noise_of_norm((227, 227), 5)
     assert start.shape == (1, 3, 227, 227)
     assert start.norm().item() == pytest.approx(IMAGE_NORM, rel=1e-5)
     assert abs(start.mean().item()) < 1
-    assert torch.equal(start, objective.initial_pixels_of_norm((227, 227), 5))
-    assert not torch.equal(start, objective.initial_pixels_of_norm((227, 227), 6))
+    assert torch.equal(start, descent.noise_of_norm((227, 227), 5))
+    assert not torch.equal(start, descent.noise_of_norm((227, 227), 6))
 
 
 def test_total_variation_weight_grows_with_depth() -> None:
@@ -91,7 +106,7 @@ def test_total_variation_weight_grows_with_depth() -> None:
     for tap, weight in by_tap.items():
         assert penalties_for("tv", tap) == {"tv": weight, "l6": 8e-10}
     assert penalties_for("none", "pool5") == {}
-    assert learning_rate_for("tv") == pytest.approx(0.004 * IMAGE_NORM**2)
+    assert descent_for("authors", "tv").learning_rate == pytest.approx(0.004 * IMAGE_NORM**2)
 
 
 def test_mahendran_updates_equal_their_form(alexnet: Backbone) -> None:
@@ -100,8 +115,9 @@ def test_mahendran_updates_equal_their_form(alexnet: Backbone) -> None:
     x, other = 40 * torch.randn(2, 1, 3, 67, 67, generator=torch.Generator().manual_seed(2))
     target = alexnet(alexnet.from_pixels(other), ["conv3"])["conv3"]
     loss = objective.ReconstructionLoss(alexnet, "conv3", target, None, None, penalties=penalties_for("tv", "conv3"))
-    ours = x.clone().requires_grad_()
-    reconstruct.descend(loss, ours, MomentumSGD([ours], 0), Schedule(learning_rate_for("tv")), 3, lambda *_: None)
+    ours = Pixels(x)
+    schedule = Schedule(descent_for("authors", "tv").learning_rate)
+    descend(loss, ours, MomentumSGD(ours.parameters, 0), schedule, 3, lambda *_: None)
     velocity = torch.zeros_like(x)
     for _ in range(3):
         x = x.detach().requires_grad_()
@@ -111,22 +127,22 @@ def test_mahendran_updates_equal_their_form(alexnet: Backbone) -> None:
         (prior,) = torch.autograd.grad(10 / 2 * squares + 8e-10 / 2 * x.pow(6).sum(), x)
         velocity = 0.9 * velocity - rate * prior - rate * IMAGE_NORM**2 / target.square().sum() * data
         x = x + velocity
-    torch.testing.assert_close(ours.detach(), x.detach(), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(ours().detach(), x.detach(), rtol=1e-4, atol=1e-2)
 
 
 def test_learning_rate_steps_and_momentum_resets() -> None:
     """The experiments' 0.004·[1 × 100, 0.1 × 200, 0.01 × 100] on a slope, where the velocity is known."""
-    regularizer = REGULARIZERS["tv"]
+    authors = descent_for("authors", "tv")
     rates, speeds = [], []
-    x = torch.zeros(1, requires_grad=True)
-    optimizer = MomentumSGD([x], regularizer.learning_rate, 0.9)
+    x = Pixels(torch.zeros(1))
+    optimizer = MomentumSGD(x.parameters, authors.learning_rate, 0.9)
 
     def note(i: int, terms: dict[str, float]) -> None:
         rates.append(optimizer.lr)
         speeds.append(optimizer.velocities[0].item())
 
-    schedule = Schedule(regularizer.learning_rate, (99, 299))
-    reconstruct.descend(lambda p: {"total": p.sum()}, x, optimizer, schedule, regularizer.iterations, note)
+    schedule = Schedule(authors.learning_rate, tuple(authors.decays(authors.iterations)))
+    descend(lambda p: {"total": p.sum()}, x, optimizer, schedule, authors.iterations, note)
     expected = [
         0.004 * IMAGE_NORM**2 * factor for factor, count in ((1, 100), (0.1, 200), (0.01, 100)) for _ in range(count)
     ]
@@ -137,10 +153,10 @@ def test_learning_rate_steps_and_momentum_resets() -> None:
 
 
 def test_a_decay_resets_the_momentum_whatever_its_factor() -> None:
-    x = torch.zeros(1, requires_grad=True)
-    optimizer, speeds = MomentumSGD([x], 0), []
+    x = Pixels(torch.zeros(1))
+    optimizer, speeds = MomentumSGD(x.parameters, 0), []
     schedule = Schedule(2.0, decay_at=(1, 3), decay_factor=1.0)
-    reconstruct.descend(
+    descend(
         lambda p: {"total": p.sum()},
         x,
         optimizer,
@@ -155,7 +171,7 @@ def test_every_term_of_the_loss_is_weighted(alexnet: Backbone, workspace: Path) 
     from models.checkpoints import load_vlm
 
     vlm: VisualLanguageModel = load_vlm(workspace / "vlm.safetensors")[0].freeze()
-    x = objective.initial_pixels_of_norm((227, 227), 4)
+    x = descent.noise_of_norm((227, 227), 4)
     target = torch.zeros(1, 256, 13, 13) + 1
     weights = {"conv4": 0.5, "conv5": 0.25}
     loss = objective.ReconstructionLoss(
@@ -176,7 +192,7 @@ def test_every_term_of_the_loss_is_weighted(alexnet: Backbone, workspace: Path) 
 
 
 def run(workspace: Path, *arguments: object, tap: str = "conv5") -> int:
-    options = [*RUN, "--root", str(workspace), "--weights", "random", "--target", tap]
+    options = [*RUN, "--root", str(workspace), "--weights", "random", "--target", tap, "--descent", "authors"]
     return reconstruct.main([*map(str, arguments), *options])
 
 
@@ -204,34 +220,164 @@ def test_regularizers_of_the_script(
     assert np.asarray(Image.open(tmp_path / "image.png")).shape == (227, 227, 3)
 
 
-def test_authors_settings_are_the_defaults(workspace: Path) -> None:
-    args = reconstruct.options.parse_args(reconstruct.get_parser(), ["x", "--regularizer", "tv"], "reconstruct")
-    reconstruct.resolve_defaults(args, "alexnet")
-    assert (args.iterations, args.decay_at, args.momentum) == (400, [99, 299], 0.9)
-    assert args.penalties == {"tv": 100.0, "l6": 8e-10} and args.vlm_weight == 0
-    args = reconstruct.options.parse_args(reconstruct.get_parser(), ["x", "--regularizer", "vlm"], "reconstruct")
-    reconstruct.resolve_defaults(args, "alexnet")
-    assert (args.iterations, args.decay_at, args.vlm_weight, args.penalties) == (1000, [], 10.0, {})
+NOT_ASKED = {"learning_rate": None, "iterations": None, "momentum": None, "noise": None}
 
 
+def choose(name: str, regularizer: str, decay_at: list[int] | None = None, settings: dict | None = None, **asked):
+    return reconstruction.choose_descent(name, regularizer, decay_at, settings or {}, **NOT_ASKED | asked)
+
+
+def test_authors_settings_are_the_defaults() -> None:
+    for regularizer, start, rate, iterations, decays in (
+        ("vlm", "data", 2**19, 1000, ()),
+        ("vlm+tv", "data", 2**19, 1000, ()),
+        ("none", "data", 2**19, 1000, ()),
+        ("tv", "norm", 0.004 * IMAGE_NORM**2, 400, (99, 299)),
+        ("l2", "zero", 0.0004 * IMAGE_NORM**2, 400, (99, 299)),
+    ):
+        chosen, schedule = choose("authors", regularizer)
+        assert (chosen.start, chosen.noise, chosen.momentum, chosen.iterations) == (start, 1, 0.9, iterations)
+        assert schedule.decay_at == decays and schedule.learning_rate == pytest.approx(rate)
+        assert (chosen.parametrization, chosen.optimizer) == ("pixels", "momentum")
+
+
+def test_one_descent_for_all_regularizers() -> None:
+    assert len({str(choose("fourier", regularizer)) for regularizer in REGULARIZERS}) == 1
+    settings = {"exponent": 0.5, "decorrelate": None}
+    chosen, schedule = choose("fourier", "tv", [7], settings, iterations=9, noise=0.3, learning_rate=2.0)
+    assert chosen.settings == {"exponent": 0.5, "decorrelate": True} and chosen.noise == 0.3
+    assert schedule == Schedule(2.0, (7,))
+
+
+def test_presets_name_the_descent() -> None:
+    for preset, expected in (("alexnet", "fourier"), ("demo", "fourier"), ("alexnet_caffe", "authors")):
+        args = reconstruct.options.parse_args(reconstruct.get_parser(), ["--preset", preset], "reconstruct")
+        assert args.descent == expected and args.vlm_weight > 0
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 7), (8, 7), (7, 12), (227, 227), (1, 1)])
+@pytest.mark.parametrize("settings", [{}, {"bgr": True}, {"exponent": 0.3}, {"decorrelate": False, "exponent": 0}])
+def test_pixels_to_coefficients_to_pixels(size: tuple[int, int], settings: dict) -> None:
+    x = 60 * torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(Fourier(x, **settings)(), x, rtol=0, atol=2e-2)
+    exact = Fourier(x.double(), **settings)
+    torch.testing.assert_close(exact(), x.double(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [(6, 6), (5, 7)])
+def test_gradient_of_coefficients_is_the_chain_rule(size: tuple[int, int]) -> None:
+    image = Fourier(torch.randn(1, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
+    (z,) = image.parameters
+    weights = torch.arange(3.0 * size[0] * size[1], dtype=torch.float64).view(1, 3, *size).cos()
+
+    def value() -> Tensor:
+        return (weights * image().pow(3)).sum()
+
+    value().backward()
+    for index in np.ndindex(*z.shape):
+        ends = []
+        for step in (1e-4, -1e-4):
+            with torch.no_grad():
+                z[index] += step
+                ends.append(value().item())
+                z[index] -= step
+        assert (ends[0] - ends[1]) / 2e-4 == pytest.approx(z.grad[index].item(), rel=1e-6, abs=1e-6)
+
+
+def test_low_frequencies_and_grey_are_varied_most() -> None:
+    """A step of one size in every coefficient changes the image as natural images vary."""
+    image = Fourier(torch.zeros(1, 3, 32, 32))
+    with torch.no_grad():
+        image.parameters[0][:, :, 1, 0, 0] = 1
+        slow = image().std()
+        image.parameters[0].zero_()[:, :, 8, 0, 0] = 1
+        assert slow > 7 * image().std()
+        image.parameters[0].zero_()[:, 0, 1, 0, 0] = 1
+        grey = image()[0]
+    torch.testing.assert_close(grey[0], grey[1], rtol=0.1, atol=0)
+    red_first = Fourier(torch.zeros(1, 3, 4, 4)).colors
+    assert torch.equal(red_first.flip(0), Fourier(torch.zeros(1, 3, 4, 4), bgr=True).colors)
+    assert red_first.norm(dim=0).max().item() == pytest.approx(1)
+
+
+def test_equal_images_have_equal_objectives(alexnet: Backbone) -> None:
+    x, other = 40 * torch.randn(2, 1, 3, 67, 67, generator=torch.Generator().manual_seed(5))
+    target = alexnet(alexnet.from_pixels(other), ["conv3"])["conv3"]
+    loss = objective.ReconstructionLoss(alexnet, "conv3", target, None, None, penalties=penalties_for("tv", "conv3"))
+    terms = [{name: v.item() for name, v in loss(image()).items()} for image in (Pixels(x), Fourier(x))]
+    assert terms[0] == pytest.approx(terms[1], rel=1e-5)
+
+
+def test_adam_is_torchs_and_its_reset_forgets_the_momentum_alone() -> None:
+    ours, theirs = (torch.linspace(-2, 3, 8).requires_grad_() for _ in range(2))
+    optimizer, reference = Adam([ours], 0.1), torch.optim.Adam([theirs], 0.1)
+    for _ in range(20):
+        for x, o in ((ours, optimizer), (theirs, reference)):
+            o.zero_grad()
+            (x**4).sum().backward()
+            o.step()
+    torch.testing.assert_close(ours, theirs)
+    squares = optimizer.squares[0].clone()
+    optimizer.reset_momentum()
+    assert not optimizer.velocities[0].any() and torch.equal(optimizer.squares[0], squares)
+    before = ours.detach().clone()
+    optimizer.zero_grad()
+    (ours**4).sum().backward()
+    gradient = ours.grad.clone()
+    optimizer.step()
+    scale = (optimizer.squares[0] / (1 - 0.999**21)).sqrt()
+    torch.testing.assert_close(before - ours.detach(), 0.1 * gradient / scale, msg="as if it were the first")
+
+
+def test_few_updates_on_coefficients_lower_the_objective_more(alexnet: Backbone) -> None:
+    data = {"mean": torch.zeros(3), "std": torch.ones(3)}
+    photo = torch.from_numpy(make_photo(3, 227, 227)).permute(2, 0, 1)[None].float()
+    target = alexnet(alexnet.preprocess(photo), ["conv5"])["conv5"]
+    std = target.std(dim=(0, 2, 3)) + 1e-3
+    loss, last = objective.ReconstructionLoss(alexnet, "conv5", target, std, None), {}
+    for name in DESCENTS:
+        chosen = descent_for(name, "none")
+        image = chosen.image(STARTS[chosen.start](alexnet, data, chosen.noise, 7))
+        optimizer = OPTIMIZERS[chosen.optimizer](image.parameters, 0)
+        terms: list[float] = []
+        descend(
+            loss, image, optimizer, Schedule(chosen.learning_rate), 12, lambda i, t, to=terms: to.append(t["total"])
+        )
+        last[name] = min(terms)
+    assert last["fourier"] < 0.8 * last["authors"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--regularizer", "tv", "--learning-rate", 1e4],
+        ["--regularizer", "vlm", "--descent", "fourier"],
+        ["--regularizer", "tv", "--descent", "fourier", "--decay-at", 2, 5],
+    ],
+)
 def test_descent_resumes_across_a_step_of_the_rate(
-    workspace: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list
 ) -> None:
     image = next((photos / "class1").iterdir())
-    options = [image, "--regularizer", "tv", "--iterations", 8, "--snapshot-every", 3, "--learning-rate", 1e4]
-    run(workspace, *options, "--out", tmp_path / "whole")
-    picture = reconstruct.Restart.snapshot
 
-    def interrupted(self, iteration: int) -> None:
-        picture(self, iteration)
-        if iteration == 3:
+    def go(out: str) -> None:
+        options = [*RUN, "--root", str(workspace), "--weights", "random", "--target", "conv5", "--descent", "authors"]
+        more = [image, "--iterations", 8, "--snapshot-every", 3, *settings, "--out", tmp_path / out]
+        reconstruct.main([*options, *map(str, more)])
+
+    go("whole")
+    picture = reconstruction.Restart.snapshot
+
+    def interrupted(self) -> None:
+        picture(self)
+        if len(self.curves) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(reconstruct.Restart, "snapshot", interrupted)
+    monkeypatch.setattr(reconstruction.Restart, "snapshot", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(workspace, *options, "--out", tmp_path / "cut")
+        go("cut")
     monkeypatch.undo()
-    run(workspace, *options, "--out", tmp_path / "cut")
+    go("cut")
     for name in ("reconstruction.npy", "curves.csv"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -265,18 +411,18 @@ def test_held_out_rows(workspace: Path, tmp_path: Path) -> None:
     assert folder.name.startswith(f"{held[0]:05d}-") and held[0] not in training
     configuration = json.loads((workspace / "vlm.safetensors.json").read_text())
     facts = json.loads((workspace / "images.npy.json").read_text())
-    assert reconstruct.held_out_rows(configuration, facts) == held.tolist()
+    assert targets.held_out_rows(configuration, facts) == held.tolist()
     moved = {**facts, "names": ["other.png", *(f"elsewhere/{name}" for name in facts["names"])]}
-    assert reconstruct.held_out_rows(configuration, moved) == (held + 1).tolist(), "found by name among more images"
+    assert targets.held_out_rows(configuration, moved) == (held + 1).tolist(), "found by name among more images"
     with pytest.raises(UserError, match="which none of the 1 images is called"):
-        reconstruct.held_out_rows(configuration, {"names": ["other.png"]})
+        targets.held_out_rows(configuration, {"names": ["other.png"]})
     configuration["training"]["conv5"]["held_out_names"] = []
     with pytest.raises(UserError, match="different splits"):
-        reconstruct.held_out_rows(configuration, facts)
+        targets.held_out_rows(configuration, facts)
     for layer in configuration["training"].values():
         layer["held_out_names"] = []
     with pytest.raises(UserError, match="held no images out"):
-        reconstruct.held_out_rows(configuration, facts)
+        targets.held_out_rows(configuration, facts)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +434,9 @@ def test_held_out_rows(workspace: Path, tmp_path: Path) -> None:
         (["--rows", "1", "--tv-weight", "3"], "--tv-weight means nothing to --regularizer vlm"),
         (["--rows", "1", "--regularizer", "tv", "--l2-weight", "3"], "--l2-weight means nothing to --regularizer tv"),
         (["--rows", "1", "--regularizer", "l2", "--restarts", "2"], "use --restarts 1"),
+        (["--rows", "1", "--frequency-exponent", "1"], "--frequency-exponent means nothing to --descent authors"),
+        (["--rows", "1", "--no-decorrelate"], "--decorrelate means nothing to --descent authors"),
+        (["--rows", "1", "--regularizer", "l2", "--start-noise", "1"], "--start-noise means nothing to l2"),
     ],
 )
 def test_mistakes(workspace: Path, arguments: list[str], message: str) -> None:
@@ -323,4 +472,26 @@ def test_regularizers_are_complete() -> None:
     for regularizer in REGULARIZERS.values():
         assert isinstance(regularizer, Regularizer)
         assert regularizer.penalties.keys() <= objective.PENALTIES.keys()
-        assert regularizer.start in ("data", "norm", "zero")
+        assert regularizer.descent.parametrization == "pixels"
+
+
+def test_a_regularizer_and_a_descent_are_an_entry_each(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Added from outside, both are choices of the script."""
+    monkeypatch.setitem(objective.PENALTIES, "l1", lambda x: x.abs().sum())
+    monkeypatch.setitem(REGULARIZERS, "l1", Regularizer(penalties={"l1": 5.0}))
+    monkeypatch.setitem(PARAMETRIZATIONS, "squashed", lambda start, **_: Squashed(start))
+    monkeypatch.setitem(DESCENTS, "bounded", dataclasses.replace(FOURIER, parametrization="squashed", settings={}))
+    options = [*RUN, "--root", workspace, "--weights", "random", "--target", "conv5", "--rows", 1, "--iterations", 2]
+    options += ["--regularizer", "l1", "--descent", "bounded", "--out", tmp_path]
+    assert reconstruct.main(list(map(str, options))) == 0
+    facts = json.loads(next(tmp_path.glob("*/parameters.json")).read_text())
+    assert facts["losses"]["l1"] > 0 and facts["penalties"] == {"l1": 5.0} and facts["descent"] == "bounded"
+
+
+class Squashed(Pixels):
+    """Pixels that cannot leave ±120."""
+
+    def __call__(self) -> Tensor:
+        return 120 * torch.tanh(self.parameters[0])

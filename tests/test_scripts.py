@@ -28,7 +28,7 @@ from models.errors import UserError
 from models.randomness import split_images
 from models.training import draw_rows
 from models.vlm import squared_errors
-from pipeline import program
+from pipeline import program, reconstruction
 from pipeline.features import read_batch
 from pipeline.progress import Terminated
 from pipeline.views import Views
@@ -262,7 +262,7 @@ def test_reconstruct_with_and_without_language_model(workspace: Path, photos: Pa
         out = tmp_path / regularizer
         options = [str(image), *RUN, "--root", str(workspace), "--weights", "random", "--regularizer", regularizer]
         options += ["--iterations", "6", "--snapshot-every", "2", "--restarts", "2", "--out", str(out)]
-        reconstruct.main([*options, "--target", "pool5", "--learning-rate", "2000"])
+        reconstruct.main([*options, "--target", "pool5", "--descent", "authors", "--learning-rate", "2000"])
         results[regularizer] = np.load(out / "reconstruction.npy")
         assert results[regularizer].shape == (227, 227, 3)
         facts = json.loads((out / "parameters.json").read_text())
@@ -283,15 +283,16 @@ def test_interrupted_reconstruction_resumes_bit_for_bit(
     image = next((photos / "class1").iterdir())
     options = [str(image), *RUN, "--root", str(workspace), "--weights", "random", "--target", "conv5"]
     options += ["--iterations", "5", "--snapshot-every", "2", "--learning-rate", "100", "--regularizer", "vlm"]
+    options += ["--descent", "authors"]
     reconstruct.main([*options, "--out", str(tmp_path / "whole")])
-    picture = reconstruct.Restart.snapshot
+    picture = reconstruction.Restart.snapshot
 
-    def interrupted(self, iteration: int) -> None:
-        picture(self, iteration)
-        if iteration == 2:
+    def interrupted(self) -> None:
+        picture(self)
+        if len(self.curves) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(reconstruct.Restart, "snapshot", interrupted)
+    monkeypatch.setattr(reconstruction.Restart, "snapshot", interrupted)
     with pytest.raises(KeyboardInterrupt):
         reconstruct.main([*options, "--out", str(tmp_path / "cut")])
     assert (tmp_path / "cut" / "reconstruction.png").is_file(), "Ctrl-C keeps what is there"
@@ -305,7 +306,7 @@ def test_reconstruct_from_a_stored_feature(workspace: Path, tmp_path: Path) -> N
     feature = np.random.default_rng(0).normal(size=(256, 6, 6)).astype(np.float32)
     np.save(tmp_path / "feature.npy", feature)
     options = [str(tmp_path / "feature.npy"), *RUN, "--root", str(workspace), "--weights", "random"]
-    options += ["--target", "pool5", "--iterations", "2", "--regularizer", "none", "--learning-rate", "100"]
+    options += ["--target", "pool5", "--iterations", "2", "--regularizer", "none", "--learning-rate", "0.1"]
     reconstruct.main([*options, "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "reconstruction.png").is_file()
     np.save(tmp_path / "feature.npy", feature[:, :5])

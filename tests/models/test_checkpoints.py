@@ -14,14 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import reconstruct
 import train_vlm
 from models import checkpoints
 from models.backbones import ARCHITECTURES, Backbone, random_parameters
+from models.descent import Adam, Pixels
 from models.errors import UserError
 from models.projection import Projection
 from models.vlm import VisualLanguageModel
 from models.weights import read_weights
+from pipeline import reconstruction, targets
 from pipeline.features import Features, Provenance
 from pipeline.language_models import build_model
 from pipeline.training_runs import Run, TrainingFacts
@@ -110,7 +111,7 @@ def projection_case(folder: Path) -> Case:
         found, configuration = checkpoints.read_tensors(path)
         layers = checkpoints.listed_layers(configuration, path)
         model = build_model(found, layers, 0)
-        return model, reconstruct.read_statistics(path, "tiny")
+        return model, targets.read_statistics(path, "tiny")
 
     return Case(tensors, {"backbone": "tiny", "layers": ["conv1", "conv2"]}, read)
 
@@ -177,16 +178,17 @@ def training_case(folder: Path) -> Case:
     return Case(tensors, noted, read)
 
 
-def reconstruction_restart(folder: Path) -> reconstruct.Restart:
+def reconstruction_restart(folder: Path) -> reconstruction.Restart:
     backbone = Backbone(TINY, random_parameters(TINY, 0))
-    facts = {"learning_rate": 1.0, "momentum": 0.9, "iterations": 3, "decay_at": [1], "target": "fc3"}
-    return reconstruct.Restart(0, folder, backbone, None, torch.full((1, 3, 24, 24), 7.0), facts)
+    image = Pixels(torch.full((1, 3, 24, 24), 7.0))
+    facts = {"iterations": 3, "target": "fc3"}
+    return reconstruction.Restart(0, folder, backbone, image, Adam(image.parameters, 1.0), facts)
 
 
 def reconstruction_case(folder: Path) -> Case:
     restart = reconstruction_restart(folder)
     restart.curves = [{"total": 3.0, "feature": 2.0}, {"total": 2.0, "feature": 1.5}]
-    restart.snapshot(2)
+    restart.snapshot()
     tensors, noted = checkpoints.read_tensors(restart.state)
 
     def read(path: Path) -> object:
@@ -195,7 +197,7 @@ def reconstruction_case(folder: Path) -> Case:
         try:
             again.resume()
         except UserError:
-            assert not again.curves and bool((again.pixels == 7).all()) and not again.optimizer.velocities[0].any()
+            assert not again.curves and bool((again.image() == 7).all()) and not again.optimizer.velocities[0].any()
             raise
         assert len(again.curves) == 2
         return again

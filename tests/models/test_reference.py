@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 import extract_features
-import reconstruct
 from models import unnaturalness
 from models.backbones import (
     ARCHITECTURES,
@@ -24,7 +23,7 @@ from models.backbones import (
     ReLU,
     centre_crop,
 )
-from models.descent import MomentumSGD, Schedule
+from models.descent import MomentumSGD, Pixels, Schedule, descend
 from models.fused_lstm import fused_lstm
 from models.objective import ReconstructionLoss
 from models.projection import Projection, fit_pca
@@ -41,6 +40,7 @@ from models.vlm import (
     to_sequences,
 )
 from pipeline.images import to_rgb_array
+from pipeline.reconstruction import to_picture
 from pipeline.views import network_batches
 
 FOLDER = Path(__file__).parents[1] / "reference"
@@ -385,18 +385,18 @@ def test_reconstruction(dtype: torch.dtype, roundings: int) -> None:
     for layer in ("conv1", "conv2"):
         assert_close(terms[layer], vectors[f"loss_lm_{layer}_x0"], roundings)
     assert_close(x.grad, vectors["grad_x0"], roundings)
-    losses = []
+    losses, image = [], Pixels(x)
+    optimizer = MomentumSGD(image.parameters, 64.0, float(vectors["momentum"]))
 
     def callback(i: int, terms: dict[str, float]) -> None:
         losses.append(terms["total"])
         if i in (0, 1):
-            assert_close(x, vectors[f"lr64_x_after_{i + 1}"], roundings)
+            assert_close(image(), vectors[f"lr64_x_after_{i + 1}"], roundings)
 
-    optimizer = MomentumSGD([x], 64.0, float(vectors["momentum"]))
-    reconstruct.descend(loss, x, optimizer, Schedule(64.0), 10, callback)
+    descend(loss, image, optimizer, Schedule(64.0), 10, callback)
     assert_close(losses, vectors["lr64_losses"], roundings)
-    assert_close(x, vectors["lr64_x_final"], roundings)
-    grey_levels = np.abs(reconstruct.to_picture(backbone, x).astype(int) - vectors["lr64_png_rgb"])
+    assert_close(image(), vectors["lr64_x_final"], roundings)
+    grey_levels = np.abs(to_picture(backbone, image()).astype(int) - vectors["lr64_png_rgb"])
     assert grey_levels.max() <= (dtype == torch.float32), "truncation turns one rounding into one grey level"
 
 
