@@ -58,12 +58,11 @@ def deepest_target(args, backbone_name: str) -> tuple[str, str, str]:
 
 def unnaturalness_maps(args, image: Path, checkpoint: Path, out: Path) -> dict[str, np.ndarray]:
     """Compute and write the map of every layer of a checkpoint; returns them by `<backbone> <layer>`."""
-    from matplotlib import colormaps
-
     from models.checkpoints import load_vlm
     from models.unnaturalness import unnaturalness_map
     from pipeline.figures import HEAT
     from pipeline.images import limit_side, read_rgb, write_png
+    from pipeline.plotting import colormap
 
     vlm, configuration = load_vlm(checkpoint)
     name = configuration["backbone"]
@@ -78,7 +77,7 @@ def unnaturalness_maps(args, image: Path, checkpoint: Path, out: Path) -> dict[s
             raw = unnaturalness_map(backbone, vlm, rgb, layer)
             artefacts.write_array(out / f"{name}-{layer}.npy", raw)
             root = np.sqrt(raw / max(raw.max(), 1e-300))
-            write_png(out / f"{name}-{layer}.png", (colormaps[HEAT](root)[:, :, :3] * 255).astype(np.uint8))
+            write_png(out / f"{name}-{layer}.png", (colormap(HEAT)(root)[:, :, :3] * 255).astype(np.uint8))
             maps[f"{name} {layer}"] = root
             progress.update()
     return maps

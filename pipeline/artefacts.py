@@ -137,27 +137,40 @@ def commit(temporary: Path, path: Path) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     if os.name == "posix":  # the rename itself must survive a power cut
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush a folder's entries, where its file system can: shared ones may refuse."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    write_bytes(path, text.encode())
+    write_bytes(path, encoded(text))
+
+
+def encoded(text: str) -> bytes:
+    """Text as UTF-8; bytes of a file's name that are not text become escapes, which JSON reads as what they were."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def append_text(path: Path, text: str) -> None:
     """Add to a text file. Whoever reads it must expect that a kill or a full disk cut the last line off."""
     before = path.stat().st_size
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        with path.open("ab") as file:
+            file.write(encoded(text))
     except OSError as error:
         if error.errno not in FULL:
             raise
         os.truncate(path, before)
-        raise NoRoomError(_no_room(path, path, before + len(text.encode()), error)) from None
+        raise NoRoomError(_no_room(path, path, before + len(encoded(text)), error)) from None
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -305,6 +318,10 @@ def map_array(path: Path, mode: str = "r") -> np.ndarray:
         with np.errstate(all="ignore"), warnings.catch_warnings():  # of nonsense in the header
             warnings.simplefilter("ignore")
             return np.lib.format.open_memmap(path, mode=mode)
+    except OSError as error:
+        if error.errno in (None, errno.ENOENT):
+            raise ValueError(str(error)) from None
+        raise OSError(error.errno, f"{error.strerror} (on mapping it into memory)", str(path)) from None
     except Exception as error:  # a hostile header makes numpy raise nearly anything
         raise ValueError(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from None
 
@@ -393,7 +410,7 @@ class ArrayWriter:
             fits = list(array.shape) == self.facts["shape"] and str(array.dtype) == self.facts["dtype"]
             fits &= noted["facts"] == self.facts and isinstance(noted["state"], dict)
             fits &= type(noted["done"]) is int and self.done <= noted["done"] <= self.stop
-        except (UserError, ValueError, KeyError, TypeError):
+        except (UserError, OSError, ValueError, KeyError, TypeError):
             return None
         return noted if fits else None
 
@@ -404,7 +421,7 @@ class ArrayWriter:
             reserve(self.partial, array.offset + array.nbytes)
         except OSError as error:
             if error.errno not in FULL:
-                raise
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
             message = _no_room(self.path, self.partial, int(np.prod(shape)) * np.dtype(dtype).itemsize, error)
             self.partial.unlink(missing_ok=True)
             raise NoRoomError(message) from None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.artefacts import write_bytes
+from pipeline.plotting import colormap, matplotlib
 
 if TYPE_CHECKING:
     from pipeline.training_log import LogLine
@@ -20,9 +21,7 @@ TITLE_GAP, GAP = 0.15, 0.15  # inches above a title, and between rows
 
 def new_figure(width: float, height: float) -> Any:
     """A matplotlib figure without a window, sizes in inches."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+    return matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
@@ -121,9 +120,7 @@ def _row_height(row: dict[str, np.ndarray], width: float) -> float:
 
 def overlay(rgb: np.ndarray, saliency: np.ndarray, strength: float = 0.6) -> np.ndarray:
     """Heat map of a saliency map (H, W) in 0…1 over the greyed photo (H, W, 3) uint8: (H, W, 3) uint8."""
-    from matplotlib import colormaps
-
     grey = rgb.astype(np.float64).mean(axis=2, keepdims=True).repeat(3, axis=2)  # (H, W, 3)
-    heat = colormaps[HEAT](saliency)[:, :, :3] * 255
+    heat = colormap(HEAT)(saliency)[:, :, :3] * 255
     opacity = strength * (0.35 + 0.65 * saliency[:, :, None])
     return (grey * (1 - opacity) + heat * opacity + 0.5).clip(0, 255).astype(np.uint8)

@@ -70,7 +70,7 @@ def command_parser(doc: str, commands: Mapping[str, Any]) -> Parser:
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in commands.items():
-        first_line = module.__doc__.partition("\n")[0]
+        first_line = (module.__doc__ or "").partition("\n")[0]  # python -OO drops docstrings
         command = choices.add_parser(name, help=first_line, description=module.__doc__, formatter_class=HelpFormatter)
         add_common_options(command, workspace=False)
         module.add_options(command)

@@ -1,28 +1,23 @@
 """A script as a program: its first lines, its errors, its exit code."""
 
 import argparse
-import errno
-import io
 import os
 import platform
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from models.errors import UserError
-from pipeline import distributed, options
-from pipeline.progress import Terminated
+from pipeline import distributed, options, streams
+from pipeline.progress import Terminated, endings
 
-# What goes wrong with a path that the user chose or can mend; other numbers are bugs.
-USERS_ERRORS = {
-    getattr(errno, name)
-    for name in "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS EISDIR ENOTDIR EEXIST ENAMETOOLONG ELOOP EIO".split()
-}
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def announce(args: argparse.Namespace, device: object = None) -> None:
@@ -56,18 +51,16 @@ def _version(package: str) -> str:
 
 
 def code_version() -> str:
-    """The git commit of this code, or 'unknown' outside a checkout."""
+    """The git commit of this code, or 'unknown' outside a checkout of its own, inside another repository too."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-C", str(ROOT), "rev-parse", "--show-toplevel", "--short=12", "HEAD"]
     try:
-        result = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
+        result = subprocess.run(command, env=own, capture_output=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    return result.stdout.strip() or "unknown"
+    folder, _, commit = os.fsdecode(result.stdout).strip().partition("\n")
+    ours = result.returncode == 0 and Path(folder).resolve() == ROOT
+    return commit if ours else "unknown"
 
 
 def versions() -> dict[str, Any]:
@@ -80,8 +73,8 @@ def versions() -> dict[str, Any]:
 LACKS_MEMORY = "this does not fit into memory: use smaller values (batch, positions, layers) or smaller images"
 
 
-def _on_sigterm(*_: object) -> None:
-    raise Terminated
+def _on_signal(number: int, _frame: object) -> None:
+    raise Terminated(number)
 
 
 def lacks_memory(error: Exception) -> bool:
@@ -97,9 +90,9 @@ def explanation(error: Exception) -> str | None:
     """The one line for what a user can mend; None for a bug, which keeps its traceback."""
     if isinstance(error, UserError):
         return one_line(str(error))
-    if isinstance(error, OSError) and error.errno in USERS_ERRORS:
-        where = str(error.filename or "the workspace")
-        return one_line(f"{where[:200]!r}: {error.strerror}; mend that and run again to go on")
+    if isinstance(error, OSError) and error.errno is not None:  # the system's, which is no bug of this program
+        where = repr(os.fsdecode(error.filename)[:200]) if isinstance(error.filename, str | bytes) else "a file"
+        return one_line(f"{where}: {error.strerror}; mend that and run again to go on")
     if isinstance(error, MemoryError | RuntimeError) and lacks_memory(error):
         return LACKS_MEMORY
     return None
@@ -120,15 +113,17 @@ def printable(text: str) -> str:
 def run(main: Callable[[], int | None]) -> int:
     """Run a script's `main` and turn what ends it into an exit code.
 
-    0 success; 2 a user's mistake, in one line on stderr; 130 Ctrl-C and 143 SIGTERM, with a line on how to go on.
-    Other exceptions keep their traceback. Of several ranks one speaks.
+    0 success; 2 a user's mistake, and what the system refuses, in one line on stderr; 130 Ctrl-C, 143 SIGTERM and 129
+    SIGHUP, with a line on how to go on. Other exceptions keep their traceback. Of several ranks one speaks.
     """
     name = Path(sys.argv[0]).name
-    signal.signal(signal.SIGTERM, _on_sigterm)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
+    for number in endings():
+        signal.signal(number, _on_signal)
+    streams.secure()
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()
+        return code
     except distributed.ElsewhereError:
         return 2
     except Exception as error:
@@ -144,4 +139,7 @@ def run(main: Callable[[], int | None]) -> int:
                 f"{line_end}{name}: interrupted; the same command{with_it} goes on from the last saved state",
                 file=sys.stderr,
             )
-        return 130 if isinstance(stop, KeyboardInterrupt) else 143
+        return 130 if isinstance(stop, KeyboardInterrupt) else 128 + stop.number
+    finally:
+        with suppress(OSError):  # what is left, of --help too
+            sys.stdout.flush()

@@ -76,11 +76,21 @@ class Progress:
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived."""
+    """A signal asks to end: SIGTERM, or SIGHUP where the terminal was closed."""
+
+    def __init__(self, number: int = signal.SIGTERM):
+        super().__init__(number)
+        self.number = number
+
+
+def endings() -> list[int]:
+    """Signals that `Terminated` stands for, but for a SIGHUP that is ignored (nohup)."""
+    names = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    return [n for n in names if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class SafePoints:
-    """Holds Ctrl-C and SIGTERM back, so that they stop a loop only where its state is whole and can be saved.
+    """Holds Ctrl-C, SIGTERM and SIGHUP back, so that they stop a loop only where its state is whole and can be saved.
 
         with SafePoints() as signals:
             for …:
@@ -96,7 +106,7 @@ class SafePoints:
 
     def __enter__(self) -> "SafePoints":
         if threading.current_thread() is threading.main_thread():
-            self.earlier = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+            self.earlier = {n: signal.signal(n, self._note) for n in (signal.SIGINT, *endings())}
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -107,7 +117,7 @@ class SafePoints:
 
     def _note(self, number: int, _frame: object) -> None:
         if self.caught is not None:
-            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+            raise _stop(number)
         self.caught = number
 
     def check(self, save: Callable[[], object] | None = None, everywhere: bool = False) -> None:
@@ -118,4 +128,9 @@ class SafePoints:
         if save is not None:
             save()
         self.caught = None
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+        raise _stop(number)
+
+
+def _stop(number: int | None) -> BaseException:
+    """What a signal stands for; None came to another rank."""
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated(number or signal.SIGTERM)

@@ -199,26 +199,24 @@ def _size(picture: Picture) -> tuple[int, int]:
 
 def _heat_map(values: np.ndarray) -> Any:
     """Values (H, W) in 0…1 as a picture of 256 colours."""
-    from matplotlib import colormaps
     from PIL import Image
 
     from pipeline.figures import HEAT
+    from pipeline.plotting import colormap
 
     image = Image.fromarray((np.asarray(values).clip(0, 1) * 255 + 0.5).astype(np.uint8), "L")
     image.thumbnail((MOST_SIDE, MOST_SIDE))
     image = Image.fromarray(np.asarray(image), "P")
-    image.putpalette((colormaps[HEAT](np.arange(256))[:, :3] * 255 + 0.5).astype(np.uint8).tobytes())
+    image.putpalette((colormap(HEAT)(np.arange(256))[:, :3] * 255 + 0.5).astype(np.uint8).tobytes())
     return image
 
 
 def _stops() -> list[str]:
     """Colours of the heat map from low to high, for the colour bar."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
     from pipeline.figures import HEAT
+    from pipeline.plotting import colormap, matplotlib
 
-    return [to_hex(colormaps[HEAT](value)) for value in np.linspace(0, 1, 9)]
+    return [matplotlib().colors.to_hex(colormap(HEAT)(value)) for value in np.linspace(0, 1, 9)]
 
 
 def _cells(values: np.ndarray) -> dict[str, Any]:

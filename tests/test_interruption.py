@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 LAYERS = ["conv1", "conv2"]
 KILLS = 6  # per stage, at chosen operations; half of them are killed a second time
 TIMED_KILLS = 3  # per stage, at random moments
-SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
 def arguments(stage: str, root: Path, photos: Path | None = None) -> list[str]:
@@ -187,7 +187,7 @@ def test_killed_anywhere(stage: str, before: dict[str, Path], undisturbed: dict[
 def test_stopped_by_a_signal(
     stage: str, number: int, before: dict[str, Path], undisturbed: dict[str, Undisturbed]
 ) -> None:
-    """Ctrl-C and SIGTERM: the exit code, one line that tells how to go on, and going on."""
+    """Ctrl-C, SIGTERM and SIGHUP: the exit code, one line that tells how to go on, and going on."""
     trial, whole = Trial(stage, before), undisturbed[stage]
     at = random.Random(f"{stage} {number}").randint(2, whole.count - 2)
     code, output, _ = trial.run(Accident(at, number))

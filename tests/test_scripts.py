@@ -426,13 +426,15 @@ def test_interruption_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
         return main
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         assert program.run(stop(KeyboardInterrupt())) == 130
         assert program.run(stop(Terminated())) == 143
+        assert program.run(stop(Terminated(signal.SIGHUP))) == 129
         assert program.run(stop(UserError("two\nlines"))) == 2
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     assert "two lines" in capsys.readouterr().err
 
 

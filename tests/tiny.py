@@ -98,6 +98,7 @@ class _Watch:
 def _prepare(stage: str, argv: list[str]) -> None:
     sys.argv = [f"{stage}.py", *argv]
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     torch.set_num_threads(1)
     ARCHITECTURES["tiny"] = TINY
     features.SAVE_EVERY = 0.0

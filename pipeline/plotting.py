@@ -1,0 +1,21 @@
+"""The one place that imports matplotlib: neither the environment nor a user's settings change a figure."""
+
+import os
+from functools import cache
+from typing import Any
+
+
+@cache
+def matplotlib() -> Any:
+    """matplotlib with its own style, drawing to files only, whatever MPLBACKEND and matplotlibrc files say."""
+    os.environ["MPLBACKEND"] = "agg"  # read, and refused where it is unknown, when it is imported
+    import matplotlib.figure
+
+    matplotlib.rcdefaults()
+    matplotlib.use("agg")
+    return matplotlib
+
+
+def colormap(name: str) -> Any:
+    """A colour map: values (…) in 0…1 -> (…, 4) RGBA in 0…1."""
+    return matplotlib().colormaps[name]
