@@ -16,12 +16,16 @@ sample photos; what they are made of stays in out/figures/, where another run ta
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from models.errors import UserError
 from pipeline import artefacts, networks, options, program
 from pipeline.progress import Progress
+
+if TYPE_CHECKING:
+    from pipeline.detector import Detector
 
 PRETRAINED = Path(__file__).parent / "models" / "pretrained"
 RECONSTRUCTION = PRETRAINED / "alexnet.safetensors"
@@ -56,30 +60,36 @@ def deepest_target(args, backbone_name: str) -> tuple[str, str, str]:
     )
 
 
+def open_detector(args, path: Path, layers: list[str] | None, predictors: tuple[str, ...]) -> "Detector":
+    """The detector of a checkpoint, with a reading `<layer> <predictor>` for all layers (None: of the checkpoint)."""
+    from pipeline.detector import Checkpoint, Detector, Reading
+
+    device = networks.pick_device(args.device)
+    checkpoint = Checkpoint.load(path, device)
+    weights = args.weights if checkpoint.backbone == args.backbone else "auto"
+    choice = networks.WeightsChoice.of(options.replace(args, weights=weights))
+    layers = layers or list(checkpoint.vlm.layers)
+    readings = [Reading(f"{layer} {name}", checkpoint, layer, name) for layer in layers for name in predictors]
+    return Detector.load(readings, choice, device)
+
+
 def unnaturalness_maps(args, image: Path, checkpoint: Path, out: Path) -> dict[str, np.ndarray]:
     """Compute and write the map of every layer of a checkpoint; returns them by `<backbone> <layer>`."""
-    from models.checkpoints import load_vlm
-    from models.unnaturalness import unnaturalness_map
+    from matplotlib import colormaps
+
+    from pipeline.detector import LANGUAGE_MODEL
     from pipeline.figures import HEAT
     from pipeline.images import limit_side, read_rgb, write_png
-    from pipeline.plotting import colormap
 
-    vlm, configuration = load_vlm(checkpoint)
-    name = configuration["backbone"]
-    device = networks.pick_device(args.device)
-    weights = args.weights if name == args.backbone else "auto"
-    backbone, _ = networks.load_backbone(options.replace(args, weights=weights), name, list(vlm.layers), device)
-    vlm = vlm.freeze().to(device)
-    rgb = limit_side(read_rgb(image), args.max_side)
+    detector = open_detector(args, checkpoint, None, (LANGUAGE_MODEL,))
+    raws = detector.unnaturalness(limit_side(read_rgb(image), args.max_side))
     maps = {}
-    with Progress(len(vlm.layers), f"unnaturalness of {name}", "layers") as progress:
-        for layer in vlm.layers:
-            raw = unnaturalness_map(backbone, vlm, rgb, layer)
-            artefacts.write_array(out / f"{name}-{layer}.npy", raw)
-            root = np.sqrt(raw / max(raw.max(), 1e-300))
-            write_png(out / f"{name}-{layer}.png", (colormap(HEAT)(root)[:, :, :3] * 255).astype(np.uint8))
-            maps[f"{name} {layer}"] = root
-            progress.update()
+    for reading, raw in raws.items():
+        name, layer = detector.facts["backbone"], detector.readings[reading].layer
+        artefacts.write_array(out / f"{name}-{layer}.npy", raw)
+        root = np.sqrt(raw / max(raw.max(), 1e-300))
+        write_png(out / f"{name}-{layer}.png", (colormaps[HEAT](root)[:, :, :3] * 255).astype(np.uint8))
+        maps[f"{name} {layer}"] = root
     return maps
 
 
@@ -206,29 +216,23 @@ def readme_figures(args) -> list[Path]:
 def saliency_picture(args, photos: list[Path], path: Path) -> None:
     """Photos, their unnaturalness and saliency maps, and the same of a language model that predicts nothing."""
     from models.checkpoints import load_vlm
-    from models.unnaturalness import postprocess, unnaturalness_map
-    from models.vlm import DIRECTIONS, predict_nothing
+    from pipeline.detector import LANGUAGE_MODEL
     from pipeline.figures import overlay, picture_grid
     from pipeline.images import limit_side, read_rgb
 
-    vlm, configuration = load_vlm(SALIENCY)
-    name, layer = configuration["backbone"], list(vlm.layers)[-1]
-    device = networks.pick_device(args.device)
-    weights = args.weights if name == args.backbone else "auto"
-    backbone, _ = networks.load_backbone(options.replace(args, weights=weights), name, [layer], device)
-    vlm = vlm.freeze().to(device)
-    columns = {"language model": None, "predict nothing": dict.fromkeys(DIRECTIONS, predict_nothing)}
+    columns = {"language model": LANGUAGE_MODEL, "predict nothing": "predict-nothing"}
+    layer = list(load_vlm(SALIENCY)[0].layers)[-1]
+    detector = open_detector(args, SALIENCY, [layer], tuple(columns.values()))
     rows = []
     with Progress(len(photos), "saliency", "photos") as progress:
         for photo in photos:
             rgb = limit_side(read_rgb(photo), SALIENCY_SIDE)
-            row = {f"{name} {layer}": rgb}
-            for title, predictors in columns.items():
-                raw = unnaturalness_map(backbone, vlm, rgb, layer, predictors)
-                row[f"unnaturalness,\n{title}"] = np.sqrt(raw / raw.max())
-                row[f"saliency,\n{title}"] = overlay(
-                    rgb, postprocess(raw, *rgb.shape[:2], backbone.architecture.stride(layer))
-                )
+            raws = detector.unnaturalness(rgb)
+            row = {f"{detector.facts['backbone']} {layer}": rgb}
+            for title, predictor in columns.items():
+                name = f"{layer} {predictor}"
+                row[f"unnaturalness,\n{title}"] = np.sqrt(raws[name] / raws[name].max())
+                row[f"saliency,\n{title}"] = overlay(rgb, detector.saliency(name, raws[name], *rgb.shape[:2]))
             rows.append(row if not rows else dict(zip(_blanks(row), row.values(), strict=True)))
             progress.update()
     picture_grid(rows, path, column=2.4, dpi=SALIENCY_DPI)

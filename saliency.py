@@ -12,8 +12,7 @@ Out: per image OUT/<name>.npy, the saliency map (H, W) in 0…1 of the image's s
 """
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,56 +20,73 @@ import numpy as np
 
 from models.errors import UserError
 from pipeline import artefacts, distributed, networks, options, program
+from pipeline.overlap import overlapped
 from pipeline.progress import Progress
 
 if TYPE_CHECKING:
     import torch
 
-    from models.backbones import Backbone
-    from models.vlm import VisualLanguageModel
+    from pipeline.detector import Detector, Postprocess
 
 UNNATURALNESS = "-unnaturalness"
 SUFFIXES = ("-overlay", UNNATURALNESS)  # behind an image's name in its outputs
+Found = tuple[np.ndarray, list[dict[str, np.ndarray]]]  # an image, and its unnaturalness maps by detector
 
 
-@dataclass(frozen=True)
-class View:
-    """One map of an image: that of a layer's language model."""
+def make_maps(
+    detectors: Sequence["Detector"],
+    images: Mapping[str, Path],
+    out: Path,
+    facts: artefacts.Facts,
+    max_side: int | None,
+    overwrite: bool,
+) -> int:
+    """Saliency maps of image files, under their names in `out`; returns how many could not be made.
 
-    backbone: "Backbone"
-    vlm: "VisualLanguageModel"
-    layer: str
-
-    @property
-    def name(self) -> str:
-        """Tells it from the other maps that are added."""
-        return f"{self.backbone.architecture.name}-{self.layer}"
-
-
-def saliency_map(
-    views: list[View], rgb: np.ndarray, postprocess: str, power: float, blur: float
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Saliency map (H, W) of an image (H, W, 3) uint8, and the unnaturalness map of every view by its name.
-
-    The saliency maps of several views are added. uint8 with `postprocess` original, else float64 in 0…1.
+    While the CNN sees an image, the next one is read and the maps of the one before are written.
 
     Raises:
-        UserError: the image is too small for a layer.
+        NoRoomError: the disk is full.
     """
-    from models import unnaturalness
+    from pipeline.detector import combined
+    from pipeline.images import check_file, limit_side, read_rgb
 
-    original = postprocess == "original"
-    finish = unnaturalness.postprocess_original if original else unnaturalness.postprocess
-    raws, maps = {}, []
-    for view in views:
-        raw = unnaturalness.unnaturalness_map(view.backbone, view.vlm, rgb, view.layer)
-        stride = view.backbone.architecture.stride(view.layer)
-        maps.append(finish(raw, *rgb.shape[:2], stride, power, blur))
-        raws[view.name] = raw
-    if len(maps) == 1:
-        return maps[0], raws
-    total = unnaturalness.added(maps)
-    return (total * 255).astype(np.uint8) if original else total, raws
+    described: dict[str, artefacts.Facts] = {}
+
+    def read(name: str) -> np.ndarray | None:
+        """The image (H, W, 3), or None where its maps stand."""
+        check_file(images[name])
+        described[name] = {**facts, "input_sha256": artefacts.file_sha256(images[name])}
+        if artefacts.is_finished(out / f"{name}.npy", described[name], overwrite):
+            return None
+        rgb = limit_side(read_rgb(images[name]), max_side)
+        for detector in detectors:
+            needed = detector.memory(*rgb.shape[:2])
+            artefacts.check_memory(f"{rgb.shape[1]}×{rgb.shape[0]} pixels, which --max-side can shrink,", needed)
+        return rgb
+
+    def detect(name: str, rgb: np.ndarray | None) -> Found | None:
+        return None if rgb is None else (rgb, [detector.unnaturalness(rgb) for detector in detectors])
+
+    def write(name: str, found: Found | None) -> str:
+        """Post-process, add and write the maps; returns what was done."""
+        if found is None:
+            return "finished before"
+        rgb, of_detectors = found
+        raws = {reading: raw for maps in of_detectors for reading, raw in maps.items()}
+        finish = {reading: detector.saliency for detector in detectors for reading in detector.readings}
+        saliency = combined([finish[reading](reading, raw, *rgb.shape[:2]) for reading, raw in raws.items()])
+        write_maps(out, name, rgb, raws, saliency, described.pop(name))
+        return f"{rgb.shape[1]}×{rgb.shape[0]}"
+
+    failed = 0
+    with Progress(len(images), "saliency", "images") as progress:
+        for name, done in overlapped(images, read, detect, write):
+            if isinstance(done, Exception):
+                failed += report(images[name], done)
+            else:
+                progress.update(note=f"{name} {done}")
+    return failed
 
 
 def write_maps(
@@ -100,8 +116,7 @@ def get_parser() -> options.Parser:
         "--vlm",
         type=options.readable_file,
         nargs="+",
-        help="checkpoint (default: ROOT/vlm.safetensors); the maps of several are scaled to 0…1 and added: vgg16 with "
-        "alexnet gained .006 AUC, .001 sAUC, .01 NSS on 50 OSIE images over vgg16 alone (paper: one network)",
+        help="checkpoint (default: ROOT/vlm.safetensors); the maps of several are scaled to 0…1 and added (paper: one)",
     )
     parser.add_argument(
         "--layer",
@@ -114,22 +129,40 @@ def get_parser() -> options.Parser:
     return parser
 
 
-def process(args, name: str, path: Path, views: list[View], out: Path, facts: dict) -> str:
-    """One image from file to maps; returns what was done."""
-    from pipeline.images import check_file, limit_side, read_rgb
+def report(path: Path, error: Exception) -> int:
+    """Say on stderr what is wrong with a file; raise what is nobody's mistake. Returns 1."""
+    if isinstance(error, artefacts.NoRoomError) or (line := program.explanation(error)) is None:
+        raise error
+    where = program.printable(str(path))
+    print(f"saliency.py: {'' if where in line else f'{where}: '}{line}", file=sys.stderr)
+    return 1
 
-    check_file(path)
-    facts = {**facts, "input_sha256": artefacts.file_sha256(path)}
-    if artefacts.is_finished(out / f"{name}.npy", facts, args.overwrite):
-        return "finished before"
-    rgb = limit_side(read_rgb(path), args.max_side)
-    for view in views:
-        if view.backbone.device.type == "cpu":
-            needed = view.backbone.architecture.memory(view.layer, *rgb.shape[:2])
-            artefacts.check_memory(f"{rgb.shape[1]}×{rgb.shape[0]} pixels, which --max-side can shrink,", needed)
-    saliency, raws = saliency_map(views, rgb, args.postprocess, args.power, args.blur)
-    write_maps(out, name, rgb, raws, saliency, facts)
-    return f"{rgb.shape[1]}×{rgb.shape[0]}"
+
+def load_detectors(
+    checkpoints: Sequence[Path],
+    layers: Sequence[str] | None,
+    postprocess: "Postprocess",
+    choice: networks.WeightsChoice,
+    device: "torch.device",
+) -> "list[Detector]":
+    """What gives the maps that are to be added: the layers of all checkpoints.
+
+    Raises:
+        UserError: a file or layer that is not there, or two maps of one name.
+    """
+    from pipeline import detector
+
+    loaded = {path: detector.Checkpoint.load(path, device) for path in dict.fromkeys(checkpoints)}
+    chosen = detector.choose_layers({path: checkpoint.vlm.layers for path, checkpoint in loaded.items()}, layers)
+    readings = [
+        detector.Reading(f"{checkpoint.backbone}-{layer}", checkpoint, layer, postprocess=postprocess)
+        for path, checkpoint in loaded.items()
+        for layer in dict.fromkeys(chosen[path])
+    ]
+    names = [reading.name for reading in readings]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two checkpoints give a map of {twice[0]}: leave one out, or choose another --layer")
+    return detector.load_detectors(readings, choice, device)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,68 +171,30 @@ def main(argv: list[str] | None = None) -> int:
     device = networks.pick_device(args.device)
     out = args.out or args.root / "saliency"
     with distributed.group(device), artefacts.claim(out):
-        return compute(args, out, device)
+        from pipeline.detector import Postprocess
+        from pipeline.images import list_images
 
-
-def load_views(args, device: "torch.device") -> tuple[list[View], artefacts.Facts]:
-    """All maps that are to be added, and the facts that determine them, each under the map's name."""
-    from evaluation.map_sources import choose_layers
-    from models.checkpoints import load_vlm
-
-    checkpoints = args.vlm or [args.root / "vlm.safetensors"]
-    loaded = {path: load_vlm(path) for path in dict.fromkeys(checkpoints)}
-    chosen = choose_layers({path: vlm.layers for path, (vlm, _) in loaded.items()}, args.layer)
-    program.announce(args, device)
-    views, facts = [], {}
-    for path, (vlm, configuration) in loaded.items():
-        name, layers = configuration["backbone"], list(dict.fromkeys(chosen[path]))
-        backbone, weights = networks.load_backbone(args, name, layers, device)
-        vlm = vlm.freeze().to(device)
-        of_checkpoint = {
-            "backbone": name,
-            **networks.weights_facts(backbone, weights),
-            "vlm_sha256": artefacts.file_sha256(path),
+        program.announce(args, device)
+        checkpoints = args.vlm or [args.root / "vlm.safetensors"]
+        postprocess = Postprocess(args.postprocess, args.power, args.blur)
+        detectors = load_detectors(checkpoints, args.layer, postprocess, networks.WeightsChoice.of(args), device)
+        of_readings = {name: detector.facts_of(name) for detector in detectors for name in detector.readings}
+        suffixes = (*SUFFIXES, *(f"{UNNATURALNESS}-{name}" for name in of_readings))
+        files, problems = list_images(args.inputs, suffixes)
+        facts = {
+            "stage": "saliency",
+            "maps": list(of_readings),
+            **{f"{name} {key}": value for name, facts in of_readings.items() for key, value in facts.items()},
+            **{key: getattr(args, key) for key in ("max_side", "power", "blur", "postprocess")},
         }
-        for layer in layers:
-            views.append(View(backbone, vlm, layer))
-            facts |= {f"{views[-1].name} {key}": value for key, value in of_checkpoint.items()}
-    names = [view.name for view in views]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"two checkpoints give a map of {twice[0]}: leave one out, or choose another --layer")
-    return views, facts
-
-
-def compute(args, out: Path, device: "torch.device") -> int:
-    """The maps of all images, which the ranks share; 2 if any image could not be read."""
-    from pipeline.images import list_images
-
-    views, facts_of_views = load_views(args, device)
-    files, problems = list_images(args.inputs, (*SUFFIXES, *(f"{UNNATURALNESS}-{view.name}" for view in views)))
-    facts = {
-        "stage": "saliency",
-        "maps": [view.name for view in views],
-        **facts_of_views,
-        **{key: getattr(args, key) for key in ("max_side", "power", "blur", "postprocess")},
-    }
-    mine, failed = distributed.share(list(files.items())), 0
-    if distributed.rank() == 0:
-        failed += len(problems)
-        for problem in problems:
-            print(f"saliency.py: {problem}", file=sys.stderr)
-    with Progress(len(mine), "saliency", "images") as progress:
-        for name, path in mine:
-            try:
-                progress.update(note=f"{name} {process(args, name, path, views, out, facts)}")
-            except artefacts.NoRoomError:
-                raise
-            except Exception as error:
-                if (line := program.explanation(error)) is None:
-                    raise
-                failed += 1
-                where = program.printable(str(path))
-                print(f"saliency.py: {'' if where in line else f'{where}: '}{line}", file=sys.stderr)
-    failed = round(distributed.total(failed))
-    done, made = len(files) + len(problems) - failed, " + ".join(view.name for view in views)
+        mine, failed = dict(distributed.share(list(files.items()))), 0
+        if distributed.rank() == 0:
+            failed += len(problems)
+            for problem in problems:
+                print(f"saliency.py: {problem}", file=sys.stderr)
+        failed += make_maps(detectors, mine, out, facts, args.max_side, args.overwrite)
+        failed = round(distributed.total(failed))
+    done, made = len(files) + len(problems) - failed, " + ".join(of_readings)
     print(f"{out}: {done} saliency maps of {made}" + (f", {failed} failed" if failed else ""))
     return 2 if failed else 0
 

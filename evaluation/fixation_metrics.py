@@ -1,4 +1,4 @@
-"""How well a saliency map predicts where people look: metrics, intervals, and maps to compare with.
+"""How well a saliency map predicts where people look.
 
 The metrics follow the MIT/Tübingen saliency benchmark (saliency.tuebingen.ai; definitions as in the Python package
 pysaliency 0.2.22, which it runs): every fixation counts, repeats too; maps stay floats; ties count one half.
@@ -19,20 +19,91 @@ fixations that are not finite or lie outside the map.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.ndimage import gaussian_filter, uniform_filter
 
-from pipeline.scaling import area_means
-
-METRICS = ("auc", "sauc", "nss", "cc", "sim", "kld")
 BLUR_SIGMA = 23.99  # pixels; the benchmark's blur of the fixations for CC, SIM and KLD, whatever the image's size
 KLD_EPSILON = 2.2204e-16  # the benchmark's, from the MATLAB code of the MIT benchmark
 TRUNCATE = 4.0  # standard deviations after which a Gaussian is cut, as scipy and the benchmark do
-SPECTRAL_SIZE = 64  # side of the image whose spectrum is taken, Hou & Zhang (2007), Sec. 2.3
-MEANS_AT_ONCE = 1 << 20  # values drawn at a time by the bootstrap
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a metric reads: a map (H, W) of an image, and the pixels that people fixated there and in other images.
+
+    rows, columns (K,) and other_rows, other_columns (M,) are int64, repeats kept; `sigma` blurs the fixations.
+    """
+
+    values: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    other_rows: np.ndarray
+    other_columns: np.ndarray
+    sigma: float = BLUR_SIGMA
+
+    @classmethod
+    def of(
+        cls,
+        saliency: ArrayLike,
+        x: ArrayLike,
+        y: ArrayLike,
+        other_x: ArrayLike = (),
+        other_y: ArrayLike = (),
+        sigma: float = BLUR_SIGMA,
+    ) -> "Case":
+        """From coordinates in pixels; ValueError for a map or fixations that are none."""
+        values = _check_map(saliency)
+        return cls(values, *_pixels(values.shape, x, y), *_pixels(values.shape, other_x, other_y), sigma)
+
+    @cached_property
+    def found(self) -> np.ndarray:
+        """The map (K,) where people looked."""
+        return self.values[self.rows, self.columns]
+
+    @cached_property
+    def target(self) -> np.ndarray:
+        """The fixations (H, W), blurred; made once for all metrics."""
+        height, width = self.values.shape
+        return _blurred_impulses(self.rows, height, self.sigma).T @ _blurred_impulses(self.columns, width, self.sigma)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of a map where somebody looked at the image; `title` heads its column.
+
+    `of_people`: it also says how well people predict one another, with the map of the others' fixations.
+    """
+
+    title: str
+    score: Callable[[Case], float]
+    of_people: bool = False
+
+    def __call__(self, case: Case) -> float:
+        """The score; NaN where nobody looked."""
+        return self.score(case) if case.rows.size else math.nan
+
+
+def _shuffled_auc(case: Case) -> float:
+    return _mean_rank(case.found, case.values[case.other_rows, case.other_columns])
+
+
+def _nss(case: Case) -> float:
+    return float(_standardised(case.values)[case.rows, case.columns].mean())
+
+
+# Every metric of the tables, by its name in files.
+METRICS: dict[str, Metric] = {
+    "auc": Metric("AUC", lambda case: _mean_rank(case.found, case.values.ravel()), of_people=True),
+    "sauc": Metric("sAUC", _shuffled_auc, of_people=True),
+    "nss": Metric("NSS", _nss, of_people=True),
+    "cc": Metric("CC", lambda case: _correlation(case.values, case.target)),
+    "sim": Metric("SIM", lambda case: _intersection(case.values, case.target)),
+    "kld": Metric("KLD", lambda case: _divergence(case.values, case.target)),
+}
 
 
 def auc(saliency: ArrayLike, x: ArrayLike, y: ArrayLike) -> float:
@@ -40,9 +111,7 @@ def auc(saliency: ArrayLike, x: ArrayLike, y: ArrayLike) -> float:
 
     The probability that the map is higher at a fixation than at a pixel drawn at random.
     """
-    values = _check_map(saliency)
-    rows, columns = _pixels(values.shape, x, y)
-    return _mean_rank(values[rows, columns], values.ravel())
+    return METRICS["auc"](Case.of(saliency, x, y))
 
 
 def shuffled_auc(saliency: ArrayLike, x: ArrayLike, y: ArrayLike, other_x: ArrayLike, other_y: ArrayLike) -> float:
@@ -51,31 +120,22 @@ def shuffled_auc(saliency: ArrayLike, x: ArrayLike, y: ArrayLike, other_x: Array
     other_x, other_y (M,) are those fixations in pixels of this map, repeats kept: `fixations_elsewhere` makes them.
     All of them are used, so the value is deterministic. NaN where there are none.
     """
-    values = _check_map(saliency)
-    rows, columns = _pixels(values.shape, x, y)
-    other_rows, other_columns = _pixels(values.shape, other_x, other_y)
-    return _mean_rank(values[rows, columns], values[other_rows, other_columns])
+    return METRICS["sauc"](Case.of(saliency, x, y, other_x, other_y))
 
 
 def nss(saliency: ArrayLike, x: ArrayLike, y: ArrayLike) -> float:
     """Normalised scanpath saliency: mean over the fixations of the map in units of its population std, mean 0."""
-    values = _check_map(saliency)
-    rows, columns = _pixels(values.shape, x, y)
-    return float(_standardised(values)[rows, columns].mean()) if rows.size else math.nan
+    return METRICS["nss"](Case.of(saliency, x, y))
 
 
 def cc(saliency: ArrayLike, x: ArrayLike, y: ArrayLike, *, sigma: float = BLUR_SIGMA) -> float:
     """Pearson correlation, -1…1, of the map with the fixations blurred by `sigma` pixels."""
-    values = _check_map(saliency)
-    target = blurred_fixations(x, y, *values.shape, sigma=sigma)
-    return _correlation(values, target) if np.size(x) else math.nan
+    return METRICS["cc"](Case.of(saliency, x, y, sigma=sigma))
 
 
 def sim(saliency: ArrayLike, x: ArrayLike, y: ArrayLike, *, sigma: float = BLUR_SIGMA) -> float:
     """Similarity, 0…1: the mass that the map and the fixations blurred by `sigma` pixels share as densities."""
-    values = _check_map(saliency)
-    target = blurred_fixations(x, y, *values.shape, sigma=sigma)
-    return _intersection(values, target) if np.size(x) else math.nan
+    return METRICS["sim"](Case.of(saliency, x, y, sigma=sigma))
 
 
 def kld(saliency: ArrayLike, x: ArrayLike, y: ArrayLike, *, sigma: float = BLUR_SIGMA) -> float:
@@ -83,9 +143,7 @@ def kld(saliency: ArrayLike, x: ArrayLike, y: ArrayLike, *, sigma: float = BLUR_
 
     Both are scaled to densities p (map) and q (fixations): Σ q log(ε + q / (p + ε)).
     """
-    values = _check_map(saliency)
-    target = blurred_fixations(x, y, *values.shape, sigma=sigma)
-    return _divergence(values, target) if np.size(x) else math.nan
+    return METRICS["kld"](Case.of(saliency, x, y, sigma=sigma))
 
 
 def all_scores(
@@ -97,20 +155,9 @@ def all_scores(
     *,
     sigma: float = BLUR_SIGMA,
 ) -> dict[str, float]:
-    """The six metrics of one map, by the names in METRICS; the fixations are blurred once for all."""
-    values = _check_map(saliency)
-    rows, columns = _pixels(values.shape, x, y)
-    scores = dict.fromkeys(METRICS, math.nan)
-    if not rows.size:
-        return scores
-    target = blurred_fixations(x, y, *values.shape, sigma=sigma)
-    scores["auc"] = _mean_rank(values[rows, columns], values.ravel())
-    scores["sauc"] = shuffled_auc(values, x, y, other_x, other_y)
-    scores["nss"] = float(_standardised(values)[rows, columns].mean())
-    scores["cc"] = _correlation(values, target)
-    scores["sim"] = _intersection(values, target)
-    scores["kld"] = _divergence(values, target)
-    return scores
+    """All metrics of one map, by their names in METRICS."""
+    case = Case.of(saliency, x, y, other_x, other_y, sigma)
+    return {name: metric(case) for name, metric in METRICS.items()}
 
 
 def fixations_elsewhere(
@@ -146,7 +193,7 @@ def inter_observer(
     *,
     sigma: float = BLUR_SIGMA,
 ) -> dict[str, float]:
-    """How well people predict one another on one image, leaving one subject out: auc, sauc and nss.
+    """How well people predict one another on one image, leaving one subject out, by the metrics that say so.
 
     The map for a subject is the fixations of all other subjects blurred by `sigma` pixels; it is scored on the
     fixations of that subject, against the same negatives as a model's map (for sauc, other_x and other_y: those of
@@ -158,20 +205,19 @@ def inter_observer(
     if subject.shape != rows.shape:
         raise ValueError(f"{subject.size} subjects for {rows.size} fixations")
     present = np.unique(subject)
+    of_people = {name: metric for name, metric in METRICS.items() if metric.of_people}
     if len(present) < 2 or present[0] < 0:
-        return dict.fromkeys(("auc", "sauc", "nss"), math.nan)
-    other_rows, other_columns = _pixels((height, width), other_x, other_y)
+        return dict.fromkeys(of_people, math.nan)
+    others = _pixels((height, width), other_x, other_y)
     by_row = _blurred_impulses(rows, height, sigma)  # (K, H)
     by_column = _blurred_impulses(columns, width, sigma)  # (K, W)
     scores = []
     for left_out in present:
         own = subject == left_out
         prediction = by_row[~own].T @ by_column[~own]  # (H, W)
-        found = prediction[rows[own], columns[own]]
-        elsewhere = prediction[other_rows, other_columns]
-        z = (found.mean() - prediction.mean()) / prediction.std() if np.ptp(prediction) else 0.0
-        scores.append((_mean_rank(found, prediction.ravel()), _mean_rank(found, elsewhere), z))
-    return dict(zip(("auc", "sauc", "nss"), np.mean(scores, axis=0).tolist(), strict=True))
+        case = Case(prediction, rows[own], columns[own], *others, sigma)
+        scores.append([metric(case) for metric in of_people.values()])
+    return dict(zip(of_people, np.mean(scores, axis=0).tolist(), strict=True))
 
 
 def blurred_fixations(x: ArrayLike, y: ArrayLike, height: int, width: int, *, sigma: float = BLUR_SIGMA) -> np.ndarray:
@@ -204,106 +250,6 @@ def _blurred_impulses(positions: np.ndarray, size: int, sigma: float) -> np.ndar
             if distance.size and distance.min() <= radius:
                 blurred += by_distance[np.minimum(distance, radius + 1)]
     return blurred
-
-
-def bootstrap_interval(
-    values: ArrayLike, *, confidence: float = 0.95, resamples: int = 10000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean over images (Efron & Tibshirani 1993, Sec. 13.3).
-
-    Args:
-        values: (N,) one score per image; NaN (an image without fixations) is left out.
-        confidence: probability covered, between 0 and 1.
-        resamples: number of samples of N images drawn with replacement.
-        seed: of the draws; the same seed gives the same interval.
-
-    Returns:
-        lower and upper end; NaN for fewer than two scores, which say nothing about the spread.
-
-    Raises:
-        ValueError: infinite scores, or a setting out of range.
-    """
-    values = np.asarray(values, dtype=np.float64).ravel()
-    values = values[~np.isnan(values)]
-    if not np.isfinite(values).all():
-        raise ValueError("scores must be finite or NaN")
-    if not 0 < confidence < 1 or resamples < 1:
-        raise ValueError(f"confidence {confidence} must be between 0 and 1, and resamples {resamples} at least 1")
-    if len(values) < 2:
-        return math.nan, math.nan
-    generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    step = max(1, MEANS_AT_ONCE // len(values))
-    for start in range(0, resamples, step):
-        count = min(step, resamples - start)
-        means[start : start + count] = values[generator.integers(len(values), size=(count, len(values)))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
-
-
-def paired_difference(
-    first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95, resamples: int = 10000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean of first - second over the same images, with the ends of its `bootstrap_interval`.
-
-    An image for which either score is NaN is left out; all three are NaN where none is left.
-
-    Raises:
-        ValueError: unequal lengths, infinite scores, or a setting out of range.
-    """
-    first, second = (np.asarray(scores, dtype=np.float64).ravel() for scores in (first, second))
-    if first.shape != second.shape:
-        raise ValueError(f"{first.size} and {second.size} scores cannot be paired")
-    if np.isinf(first).any() or np.isinf(second).any():
-        raise ValueError("scores must be finite or NaN")
-    differences = first - second
-    differences = differences[~np.isnan(differences)]
-    low, high = bootstrap_interval(differences, confidence=confidence, resamples=resamples, seed=seed)
-    return float(differences.mean()) if differences.size else math.nan, low, high
-
-
-def centre_gaussian(height: int, width: int) -> np.ndarray:
-    """The centre bias alone: (height, width) float64 in 0…1, a Gaussian whose std is a quarter of each side."""
-    vertical, horizontal = (
-        np.exp(-0.5 * ((np.arange(size) - (size - 1) / 2) / (size / 4)) ** 2) for size in (height, width)
-    )
-    return np.outer(vertical, horizontal)
-
-
-def spectral_residual(rgb: np.ndarray, blur: float = 0.03) -> np.ndarray:
-    """Spectral residual saliency (Hou & Zhang, CVPR 2007, Eq. 7-10) of (H, W, 3) uint8: (H, W) float64, not scaled.
-
-    The grey image is averaged down to 64×64; of its log amplitude spectrum the 3×3 mean is taken away; the result,
-    back in the image domain with the phase kept, is squared, blurred by `blur` times the side (0: not at all) and
-    enlarged bilinearly. A constant image gives 0 everywhere.
-
-    Raises:
-        ValueError: not (H, W, 3) uint8, or a negative blur.
-    """
-    rgb = np.asarray(rgb)
-    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8 or not rgb.size:
-        raise ValueError(f"an image (H, W, 3) uint8 is needed, not {rgb.shape} {rgb.dtype}")
-    if not (math.isfinite(blur) and blur >= 0):
-        raise ValueError(f"blur must not be negative, not {blur}")
-    height, width = rgb.shape[:2]
-    grey = rgb @ np.array([0.299, 0.587, 0.114])  # (H, W), ITU-R BT.601
-    if np.ptp(grey) == 0:
-        return np.zeros((height, width))
-    small = area_means(grey, SPECTRAL_SIZE, SPECTRAL_SIZE)  # (64, 64)
-    spectrum = np.fft.fft2(small)
-    amplitude = np.abs(spectrum)
-    log_amplitude = np.log(np.maximum(amplitude, np.finfo(float).eps * amplitude.max()))  # zeros have no logarithm
-    residual = log_amplitude - uniform_filter(log_amplitude, 3, mode="nearest")
-    squared = np.abs(np.fft.ifft2(np.exp(residual + 1j * np.angle(spectrum)))) ** 2
-    if blur:
-        squared = gaussian_filter(squared, blur * SPECTRAL_SIZE)
-    return _linear_weights(SPECTRAL_SIZE, height) @ squared @ _linear_weights(SPECTRAL_SIZE, width).T  # (H, W)
-
-
-def _linear_weights(cells: int, size: int) -> np.ndarray:
-    """(size, cells): linear interpolation between the centres of `cells` cells, at the centres of `size` pixels."""
-    centres = ((np.arange(size) + 0.5) * (cells / size) - 0.5).clip(0, cells - 1)
-    return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(cells)))
 
 
 def _check_map(saliency: ArrayLike) -> np.ndarray:

@@ -7,26 +7,24 @@ of another size than its image is an error.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import numpy as np
+import torch
 
-from evaluation.fixation_metrics import centre_gaussian, spectral_residual
+from evaluation.baselines import BASELINES
 from models.errors import UserError
-from pipeline import artefacts, networks, options
+from models.unnaturalness import added
+from pipeline import artefacts, networks
+from pipeline.detector import LANGUAGE_MODEL, Checkpoint, Detector, Postprocess, Reading, choose_layers
 from pipeline.images import open_image, output_name
-
-if TYPE_CHECKING:
-    from models.backbones import Backbone
-    from models.vlm import VisualLanguageModel
 
 PRETRAINED = Path(__file__).parent.parent / "models" / "pretrained"
 NOTHING, RANDOM = "predict-nothing", "random-cnn"
 Maps = dict[str, np.ndarray]
-Key = tuple[str, str]  # layer and predictor
 
 
 @dataclass(frozen=True)
@@ -50,32 +48,17 @@ class Source(Protocol):
         """Map (H, W) of every row for an image file and its pixels (H, W, 3) uint8."""
 
 
-@dataclass(frozen=True)
 class Baselines:
-    """Maps that need no model."""
+    """Maps that need no model, of `BASELINES`: those that are always there and those asked for."""
 
-    rows: dict[str, Row]
-
-    @property
-    def facts(self) -> artefacts.Facts:
-        """The names say all."""
-        return {"baselines": list(self.rows)}
+    def __init__(self, names: Sequence[str]):
+        always = [name for name, baseline in BASELINES.items() if baseline.always]
+        self.rows = {name: Row("baseline", BASELINES[name].about) for name in dict.fromkeys((*names, *always))}
+        self.facts = {"baselines": list(self.rows)}
 
     def maps(self, path: Path, rgb: np.ndarray) -> Maps:
-        """See `BASELINES`."""
-        return {name: BASELINES[name][1](rgb) for name in self.rows}
-
-
-BASELINES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
-    "centre-gaussian": (
-        "Gaussian at the image's centre, standard deviation a quarter of its sides",
-        lambda rgb: centre_gaussian(*rgb.shape[:2]),
-    ),
-    "spectral-residual": ("spectral residual (Hou & Zhang 2007), blur 0.03", spectral_residual),
-    "spectral-residual-raw": ("spectral residual without blur", lambda rgb: spectral_residual(rgb, blur=0)),
-    "uniform": ("a constant map: chance", lambda rgb: np.zeros(rgb.shape[:2])),
-}
-ALWAYS = ("centre-gaussian", "spectral-residual")
+        """The map of every row."""
+        return {name: BASELINES[name].make(rgb) for name in self.rows}
 
 
 class Folder:
@@ -133,6 +116,12 @@ class Folder:
         return dict.fromkeys(self.rows, values)
 
 
+def folders(given: Sequence[Path], images: Sequence[Path], sizes: np.ndarray) -> list[Source]:
+    """A source for every folder of maps; sizes (N, 2) are the images' heights and widths."""
+    by_image = {image: (int(h), int(w)) for image, (h, w) in zip(images, sizes, strict=True)}
+    return [Folder(folder.resolve().name, folder, by_image) for folder in given]
+
+
 def _read_grey(path: Path) -> np.ndarray:
     with open_image(path) as image:
         if image.mode not in ("1", "L", "I", "F") and not image.mode.startswith("I;16"):
@@ -141,70 +130,61 @@ def _read_grey(path: Path) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Pipeline:
-    """The project's own maps: CNN, language models of some layers, post-processing.
+class Models:
+    """The project's own maps: all readings of one CNN, of which every image needs one pass.
 
-    names gives the row of a layer and a predictor, `vlm` or `predict-nothing`; finish turns an unnaturalness map into
-    the saliency map: (raw, height, width, stride) -> (H, W). Raw maps are kept in `cache`, under names that are hashes
-    of everything that determines them, so that they are never mistaken; `fresh` computes them anew.
+    Raw maps are kept in `cache`, under names that are hashes of everything that determines them, so that they are never
+    mistaken; `fresh` computes them anew.
     """
 
-    backbone: "Backbone"
-    vlm: "VisualLanguageModel"
-    names: dict[tuple[str, str], str]
+    detector: Detector
     rows: dict[str, Row]
-    finish: Callable[[np.ndarray, int, int, int], np.ndarray]
-    facts: artefacts.Facts
     cache: Path
     fresh: bool = False
 
+    @property
+    def facts(self) -> artefacts.Facts:
+        """Of the CNN, and by row of what reads it and how its maps are post-processed."""
+        rows = {}
+        for name, reading in self.detector.readings.items():
+            finish = reading.postprocess
+            rows[name] = {
+                **{"layer": reading.layer, "predictor": reading.predictor, "vlm_sha256": reading.checkpoint.sha256},
+                **{"power": finish.power, "blur": finish.blur, "postprocess": finish.kind},
+            }
+        return {**self.detector.facts, "rows": rows}
+
     def maps(self, path: Path, rgb: np.ndarray) -> Maps:
         """Saliency map of every row."""
-        stride = self.backbone.architecture.stride
-        raw = self.raw_maps(path, rgb)
-        return {name: self.finish(raw[key], *rgb.shape[:2], stride(key[0])) for key, name in self.names.items()}
+        raws = self.raw_maps(path, rgb)
+        return {name: self.detector.saliency(name, raw, *rgb.shape[:2]) for name, raw in raws.items()}
 
-    def raw_maps(self, path: Path, rgb: np.ndarray) -> dict[Key, np.ndarray]:
-        """Unnaturalness map (h-1, w-1) float64 by layer and predictor, from the cache where it is there."""
+    def raw_maps(self, path: Path, rgb: np.ndarray) -> Maps:
+        """Unnaturalness map (h-1, w-1) float64 of every row, from the cache where it is there."""
         digest = artefacts.file_sha256(path)
-        files = {key: self._cache_file(key, path, digest) for key in self.names}
-        found = {} if self.fresh else {key: kept for key, f in files.items() if (kept := _load(f)) is not None}
-        missing = [key for key in self.names if key not in found]
-        if missing:
-            for key, raw in self._compute(rgb, missing):
-                artefacts.write_array(files[key], raw)
-                found[key] = raw
-        return found
+        files = {name: self._cache_file(name, path, digest) for name in self.rows}
+        found = {} if self.fresh else {name: kept for name, f in files.items() if (kept := _load(f)) is not None}
+        if missing := [name for name in self.rows if name not in found]:
+            for name, raw in self.detector.unnaturalness(rgb, missing).items():
+                artefacts.write_array(files[name], raw)
+                found[name] = raw
+        return {name: found[name] for name in self.rows}
 
-    def _cache_file(self, key: Key, path: Path, image_sha256: str) -> Path:
-        determining = ("backbone", "weights_sha256", "mean_image_sha256", "vlm_sha256")
-        kept: artefacts.Facts = {k: self.facts[k] for k in determining if k in self.facts}
-        determined = json.dumps({**kept, "key": key, "image": image_sha256}, sort_keys=True)
+    def _cache_file(self, name: str, path: Path, image_sha256: str) -> Path:
+        reading = self.detector.readings[name]
+        key = (reading.layer, reading.predictor)
+        determined = json.dumps({**self.detector.facts_of(name), "key": key, "image": image_sha256}, sort_keys=True)
         digest = hashlib.sha256(determined.encode()).hexdigest()
-        return self.cache / self.names[key] / f"{output_name(path.stem)}-{digest[:16]}.npy"
-
-    def _compute(self, rgb: np.ndarray, keys: Sequence[Key]) -> Iterator[tuple[Key, np.ndarray]]:
-        import torch
-
-        from models.unnaturalness import projected_features
-        from models.vlm import DIRECTIONS, layer_map, predict_nothing
-
-        layers = list(dict.fromkeys(layer for layer, _ in keys))
-        projected = projected_features(self.backbone, self.vlm, rgb, layers)
-        nothing = dict.fromkeys(DIRECTIONS, predict_nothing)
-        for layer, predictor in keys:
-            with torch.no_grad():
-                raw = layer_map(projected[layer], nothing if predictor == NOTHING else self.vlm.layers[layer])
-            yield (layer, predictor), raw[0].cpu().double().numpy()
+        return self.cache / name / f"{output_name(path.stem)}-{digest[:16]}.npy"
 
 
 class Added:
-    """Several pipelines and, as further rows, the sums of their maps: of the models, and of each kind of control.
+    """Several sources and, as further rows, the sums of their models' maps and of the maps of each kind of control.
 
     Each map is scaled to 0…1 before, so that all weigh the same.
     """
 
-    def __init__(self, parts: Sequence[Pipeline]):
+    def __init__(self, parts: Sequence[Models]):
         self.parts = parts
         self.rows = {name: row for part in parts for name, row in part.rows.items()}
         self.facts = {"added": [part.facts for part in parts]}
@@ -221,8 +201,6 @@ class Added:
 
     def maps(self, path: Path, rgb: np.ndarray) -> Maps:
         """The maps of all parts and the sums."""
-        from models.unnaturalness import added
-
         found = {name: values for part in self.parts for name, values in part.maps(path, rgb).items()}
         return found | {name: added(found[part] for part in parts) for name, parts in self.sums.items()}
 
@@ -234,28 +212,16 @@ def _load(path: Path) -> np.ndarray | None:
         return None
 
 
-def choose_layers(checkpoints: Mapping[Path, Iterable[str]], wanted: Sequence[str] | None) -> dict[Path, list[str]]:
-    """Which layers of each checkpoint (path -> its layers) are evaluated: those wanted that it has, else its deepest.
-
-    Raises:
-        UserError: a layer is in no checkpoint, or a checkpoint has none of them.
-    """
-    layers = {path: list(there) for path, there in checkpoints.items()}
-    if not wanted:
-        return {path: there[-1:] for path, there in layers.items()}
-    for layer in wanted:
-        if not any(layer in there for there in layers.values()):
-            there = "; ".join(f"{path} has {', '.join(names)}" for path, names in layers.items())
-            raise UserError(f"there is no layer {layer!r}: {there}")
-    chosen = {path: [layer for layer in wanted if layer in there] for path, there in layers.items()}
-    for path, names in chosen.items():
-        if not names:
-            raise UserError(f"{path} has none of the layers {', '.join(wanted)}: choose from {', '.join(layers[path])}")
-    return chosen
-
-
-def pipelines(args: Any, device: Any, cache: Path) -> list[Pipeline]:
-    """The trained pipeline and its two controls for every checkpoint and layer that the options ask for.
+def model_sources(
+    checkpoints: Sequence[Path],
+    layers: Sequence[str] | None,
+    postprocess: Postprocess,
+    choice: networks.WeightsChoice,
+    device: torch.device,
+    cache: Path,
+    fresh: bool,
+) -> list[Models]:
+    """Every layer that is read of every checkpoint, and its two controls: a source for each CNN.
 
     Controls: `predict-nothing` is the squared projected features under the same ramp, same CNN, same projection, same
     post-processing; `random-cnn` has He-initialised CNN weights, while projection and language model stay those of the
@@ -264,70 +230,54 @@ def pipelines(args: Any, device: Any, cache: Path) -> list[Pipeline]:
     Raises:
         UserError: a checkpoint, a layer or weights are missing.
     """
-    from models import unnaturalness
-    from models.checkpoints import load_vlm
-
-    loaded = {path: load_vlm(path) for path in dict.fromkeys(args.vlm)}
-    chosen = choose_layers({path: vlm.layers for path, (vlm, _) in loaded.items()}, args.layer)
-    process = unnaturalness.postprocess_original if args.postprocess == "original" else unnaturalness.postprocess
-
-    def finish(raw: np.ndarray, height: int, width: int, stride: int) -> np.ndarray:
-        return process(raw, height, width, stride, args.power, args.blur)
-
-    found: list[Pipeline] = []
+    loaded = {path: Checkpoint.load(path, device) for path in dict.fromkeys(checkpoints)}
+    chosen = choose_layers({path: checkpoint.vlm.layers for path, checkpoint in loaded.items()}, layers)
     taken: Counter[str] = Counter()
-    for path, (vlm, configuration) in loaded.items():
-        vlm, name = vlm.freeze().to(device), configuration["backbone"]
-        titles = {}
+    titles: dict[str, dict[str, tuple[Checkpoint, str]]] = {}  # by backbone and title
+    for path, checkpoint in loaded.items():
         for layer in chosen[path]:
-            title = f"{name}-{layer}"
+            title = f"{checkpoint.backbone}-{layer}"
             taken[title] += 1
-            titles[layer] = title if taken[title] == 1 else f"{title}-{taken[title]}"
-        facts = {"backbone": name, "vlm_sha256": artefacts.file_sha256(path)}
-        facts |= {key: getattr(args, key) for key in ("power", "blur", "postprocess")}
-        for random in (False, True):
-            wanted = options.replace(args, weights="random" if random else args.weights)
-            backbone, weights = networks.load_backbone(wanted, name, chosen[path], device)
-            about = f"{path}, CNN weights: {weights.source}"
-            names, rows = _random_rows(titles, about) if random else _trained_rows(titles, about)
-            described = {**facts, **networks.weights_facts(backbone, weights), "rows": list(rows)}
-            found.append(Pipeline(backbone, vlm, names, rows, finish, described, cache, args.overwrite))
+            title = title if taken[title] == 1 else f"{title}-{taken[title]}"
+            titles.setdefault(checkpoint.backbone, {})[title] = (checkpoint, layer)
+    found: list[Models] = []
+    for of_backbone in titles.values():
+        trained, random = [], []
+        for title, (checkpoint, layer) in of_backbone.items():
+            trained += [Reading(title, checkpoint, layer, LANGUAGE_MODEL, postprocess)]
+            trained += [Reading(f"{title}/{NOTHING}", checkpoint, layer, NOTHING, postprocess)]
+            random += [Reading(f"{title}/{RANDOM}", checkpoint, layer, LANGUAGE_MODEL, postprocess)]
+        for readings, weights in ((trained, choice), (random, replace(choice, weights="random"))):
+            detector = Detector.load(readings, weights, device)
+            rows = {reading.name: _row(reading, detector.source) for reading in readings}
+            found.append(Models(detector, rows, cache, fresh))
     return found
 
 
-def _trained_rows(titles: Mapping[str, str], about: str) -> tuple[dict[tuple[str, str], str], dict[str, Row]]:
-    names, rows = {}, {}
-    for layer, title in titles.items():
-        controls = (f"{title}/{NOTHING}", f"{title}/{RANDOM}")
-        names |= {(layer, "vlm"): title, (layer, NOTHING): controls[0]}
-        rows[title] = Row("model", f"language model of {layer} in {about}", controls)
-        rows[controls[0]] = Row("control", f"energy of the projected features of {layer}, nothing predicted; {about}")
-    return names, rows
+def _row(reading: Reading, source: str) -> Row:
+    about = f"{reading.checkpoint.path}, CNN weights: {source}"
+    if reading.name.endswith(f"/{RANDOM}"):
+        told = "projection and language model of the checkpoint as they are, on a CNN that was never trained"
+        return Row("control", f"{told}; {about}")
+    if reading.predictor == NOTHING:
+        return Row("control", f"energy of the projected features of {reading.layer}, nothing predicted; {about}")
+    controls = (f"{reading.name}/{NOTHING}", f"{reading.name}/{RANDOM}")
+    return Row("model", f"language model of {reading.layer} in {about}", controls)
 
 
-def _random_rows(titles: Mapping[str, str], about: str) -> tuple[dict[tuple[str, str], str], dict[str, Row]]:
-    names = {(layer, "vlm"): f"{title}/{RANDOM}" for layer, title in titles.items()}
-    told = "projection and language model of the checkpoint as they are, on a CNN that was never trained"
-    return names, {name: Row("control", f"{told}; {about}") for name in names.values()}
-
-
-def build_sources(args: Any, device: Any, images: Sequence[Path], sizes: np.ndarray) -> list[Source]:
-    """All sources of an evaluation; without --vlm, --maps and --baseline the checkpoints that ship, deepest layers.
+def shipped_checkpoints() -> list[Path]:
+    """The checkpoints in models/pretrained.
 
     Raises:
-        UserError: something is missing or does not fit, or two rows have one name.
+        UserError: there are none.
     """
-    if not (args.vlm or args.maps or args.baseline):
-        args.vlm = sorted(PRETRAINED.glob("*.safetensors"))
-        if not args.vlm:
-            raise UserError("there is nothing to evaluate: give checkpoints with --vlm, or folders of maps with --maps")
-    by_image = {image: (int(h), int(w)) for image, (h, w) in zip(images, sizes, strict=True)}
-    sources: list[Source] = [Folder(folder.resolve().name, folder, by_image) for folder in args.maps]
-    parts = pipelines(args, device, args.out / "maps") if args.vlm else []
-    sources += [Added(parts)] if args.add else parts
-    names = dict.fromkeys((*args.baseline, *ALWAYS))
-    sources.append(Baselines({name: Row("baseline", BASELINES[name][0]) for name in names}))
+    if not (found := sorted(PRETRAINED.glob("*.safetensors"))):
+        raise UserError("there is nothing to evaluate: give checkpoints with --vlm, or folders of maps with --maps")
+    return found
+
+
+def check_names(sources: Sequence[Source]) -> None:
+    """Raise a UserError if two rows of a table would have one name."""
     counts = Counter(name for source in sources for name in source.rows)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise UserError(f"two models would be called {twice[0]!r}: rename one folder of maps")
-    return sources

@@ -17,34 +17,44 @@ import argparse
 import hashlib
 import json
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from evaluation import tables
+from evaluation.baselines import BASELINES
+from evaluation.datasets import DATASETS, obtain
+from evaluation.fixation_metrics import METRICS, all_scores, inter_observer
+from evaluation.fixations import Fixations, image_sizes, read_fixations
 from evaluation.journal import Journal, text_sha256
 from models.errors import UserError
 from pipeline import artefacts, distributed, networks, options, program
 from pipeline.progress import Progress
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from evaluation.fixations import Fixations
     from evaluation.map_sources import Row, Source
 
-METRICS = ("auc", "sauc", "nss", "cc", "sim", "kld")
-DATASETS = ("osie", "toronto", "mit1003")
-BASELINES = ("centre-gaussian", "spectral-residual", "spectral-residual-raw", "uniform")
 OBSERVERS = "inter-observer"
 JOURNAL = "scores.partial"
 Scores = dict[str, dict[str, float]]  # by row and metric, of one image
+
+
+@dataclass(frozen=True)
+class Looks:
+    """Images and where people looked in them."""
+
+    images: list[Path]
+    fixations: Fixations
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of this command."""
     parser.add_argument("--stimuli", type=options.folder, help="folder of the images")
     parser.add_argument("--fixations", type=Path, help=".csv, .mat, or MIT1003's folder DATA")
-    parser.add_argument("--dataset", choices=DATASETS, help="download this data set instead")
+    parser.add_argument("--dataset", choices=tuple(DATASETS), help="download this data set instead")
     parser.add_argument("--skip", type=options.natural, default=0, help="leave out the first images (default: 0)")
     parser.add_argument("--limit", type=options.positive, help="take so many images (default: all)")
     parser.add_argument(
@@ -59,12 +69,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--add",
         action="store_true",
         help="score the sum of all these layers' maps too, each scaled to 0…1 first: what saliency.py makes of several "
-        "--vlm; vgg16 with alexnet gained .006 AUC, .001 sAUC, .01 NSS on 50 OSIE images over vgg16 alone",
+        "--vlm",
     )
     parser.add_argument(
         "--maps", type=options.folder, nargs="+", default=[], help="folders of .npy or grey .png, named as the stimuli"
     )
-    parser.add_argument("--baseline", choices=BASELINES, nargs="+", default=[], help="further baselines")
+    parser.add_argument("--baseline", choices=tuple(BASELINES), nargs="+", default=[], help="further baselines")
     options.add_postprocess_options(parser)
     options.add_weights_options(parser)
     parser.add_argument(
@@ -76,74 +86,102 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate; a finished evaluation is shown again, an interrupted one goes on. Ranks share the images."""
     device = networks.pick_device(args.device)
     with distributed.group(device), artefacts.claim(args.out):
+        from evaluation import map_sources
+        from pipeline.detector import Postprocess
+
         program.announce(args, device)
-        images, fixations = distributed.together(lambda: read_data(args))
-        evaluate(args, device, images, fixations)
+        places = (args.dataset, args.cache, args.stimuli, args.fixations, args.skip, args.limit)
+        looks = distributed.together(lambda: read_data(*places))
+
+        def open_sources() -> "list[Source]":
+            """What the options name, the checkpoints that ship where they name nothing."""
+            sources = map_sources.folders(args.maps, looks.images, looks.fixations.sizes)
+            if checkpoints := args.vlm or ([] if args.maps or args.baseline else map_sources.shipped_checkpoints()):
+                finish, choice = Postprocess(args.postprocess, args.power, args.blur), networks.WeightsChoice.of(args)
+                found = map_sources.model_sources(
+                    checkpoints, args.layer, finish, choice, device, args.out / "maps", args.overwrite
+                )
+                sources += [map_sources.Added(found)] if args.add else found
+            sources.append(map_sources.Baselines(args.baseline))
+            map_sources.check_names(sources)
+            return sources
+
+        stated = {key: getattr(args, key) for key in ("power", "blur", "postprocess", "seed")}
+        evaluate(distributed.together(open_sources), looks, args.out, stated, args.overwrite)
     return 0
 
 
-def evaluate(args: argparse.Namespace, device: Any, images: list[Path], fixations: "Fixations") -> None:
-    """Score what the options name, unless that is finished, and write the results."""
-    from evaluation.map_sources import Row, build_sources
+def evaluate(
+    sources: "Sequence[Source]", looks: Looks, out: Path, stated: artefacts.Facts, overwrite: bool = False
+) -> None:
+    """Score all rows of the sources, unless that is finished, and write the results.
 
-    sources = distributed.together(lambda: build_sources(args, device, images, fixations.sizes))
+    Args:
+        stated: options that determine the results, `seed` among them: an evaluation with others is refused.
+    """
+    from evaluation.map_sources import Row
+
     rows = {name: row for source in sources for name, row in source.rows.items()}
     rows[OBSERVERS] = Row("ceiling", "fixations of all other people, blurred, as the map of each person")
     facts = {
         "stage": "fixations",
-        "images": text_sha256("".join(map(artefacts.file_sha256, images))),
-        "fixations": fixations_sha256(fixations),
+        "images": text_sha256("".join(map(artefacts.file_sha256, looks.images))),
+        "fixations": fixations_sha256(looks.fixations),
         "models": list(rows),
         "sources": text_sha256(json.dumps([source.facts for source in sources])),
-        **{key: getattr(args, key) for key in ("power", "blur", "postprocess", "seed")},
+        **stated,
     }
-    if distributed.first(lambda: artefacts.is_finished(args.out / "summary.json", facts, args.overwrite)):
-        artefacts.discard(args.out / JOURNAL)
-        print((args.out / "table.md").read_text(encoding="utf-8"))
-        print(f"{args.out} is finished: nothing to do")
+    if distributed.first(lambda: artefacts.is_finished(out / "summary.json", facts, overwrite)):
+        artefacts.discard(out / JOURNAL)
+        print((out / "table.md").read_text(encoding="utf-8"))
+        print(f"{out} is finished: nothing to do")
         return
-    journal = Journal(args.out / JOURNAL, facts, args.overwrite)
-    distributed.together(lambda: score_images(sources, images, fixations, journal))
+    journal = Journal(out / JOURNAL, facts, overwrite)
+    distributed.together(lambda: score_images(sources, looks, journal))
     found = {name: of_image for part in distributed.gather(journal.scores) for name, of_image in part.items()}
-    scores = {image.name: found[image.name] for image in images}
-    distributed.first(lambda: write_results(args, rows, scores, fixations, sources, images, facts))
-    distributed.first(lambda: artefacts.discard(args.out / JOURNAL))
+    scores = {image.name: found[image.name] for image in looks.images}
+    distributed.first(lambda: write_results(out, rows, scores, looks, sources, facts))
+    distributed.first(lambda: artefacts.discard(out / JOURNAL))
 
 
-def read_data(args: argparse.Namespace) -> "tuple[list[Path], Fixations]":
-    """Image files and their fixations for the options; says what was left out.
+def read_data(
+    dataset: str | None,
+    cache: Path | None = None,
+    stimuli: Path | None = None,
+    fixations: Path | None = None,
+    skip: int = 0,
+    limit: int | None = None,
+) -> Looks:
+    """Images and fixations of a data set (a key of DATASETS), or of a folder and a file; says what was left out.
 
     Raises:
         UserError: nothing given, both ways given, or nothing usable found.
     """
     from PIL import Image
 
-    from evaluation.datasets import obtain
-    from evaluation.fixations import image_sizes, read_fixations
-
-    if (args.dataset is None) == (args.stimuli is None or args.fixations is None):
+    if (dataset is None) == (stimuli is None or fixations is None):
         raise UserError("give either --dataset, or both --stimuli DIR and --fixations FILE")
-    if args.dataset:
-        images, path = obtain(args.dataset, args.cache)
+    if dataset:
+        (images, path), read = obtain(dataset, cache), DATASETS[dataset].read
     else:
-        path, folder = args.fixations, args.stimuli
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder: give the folder of the images with --stimuli")
+        path, read = fixations, read_fixations
+        if not stimuli.is_dir():
+            raise UserError(f"{stimuli} is not a folder: give the folder of the images with --stimuli")
         extensions = Image.registered_extensions()
-        images = sorted(p for p in folder.iterdir() if p.suffix.lower() in extensions and p.is_file())
-    images = images[args.skip :][: args.limit]
-    fixations = read_fixations(path, image_sizes(images))
-    without = fixations.images_without()
+        images = sorted(p for p in stimuli.iterdir() if p.suffix.lower() in extensions and p.is_file())
+    images = images[skip:][:limit]
+    found = read(path, image_sizes(images))
+    without = found.images_without()
     print(
-        f"{len(images)} images, {len(fixations)} fixations; left out: {fixations.outside} outside their image, "
-        f"{fixations.not_finite} lost, {fixations.unknown} of other images; images without fixations: {len(without)}"
+        f"{len(images)} images, {len(found)} fixations; left out: {found.outside} outside their image, "
+        f"{found.not_finite} lost, {found.unknown} of other images; images without fixations: {len(without)}"
     )
     if len(without) == len(images):
         raise UserError(f"{path} has no usable fixation on these images: give others")
-    return images, fixations
+    return Looks(images, found)
 
 
-def fixations_sha256(fixations: "Fixations") -> str:
+def fixations_sha256(fixations: Fixations) -> str:
     """Hash of everything that a metric reads of them."""
     digest = hashlib.sha256("\n".join(fixations.names).encode())
     for array in (fixations.sizes, fixations.image_index, fixations.x, fixations.y, fixations.subject):
@@ -151,27 +189,25 @@ def fixations_sha256(fixations: "Fixations") -> str:
     return digest.hexdigest()
 
 
-def score_images(sources: "list[Source]", images: list[Path], fixations: "Fixations", journal: Journal) -> None:
+def score_images(sources: "Sequence[Source]", looks: Looks, journal: Journal) -> None:
     """Add this rank's part of the images that the journal lacks, with a progress bar."""
     from pipeline.images import read_rgb
 
     if journal.scores:
         print(f"{len(journal.scores)} images were scored before")
-    left = [number for number, image in enumerate(images) if image.name not in journal.scores]
+    left = [number for number, image in enumerate(looks.images) if image.name not in journal.scores]
     mine = distributed.share(left)
     with Progress(len(mine), "evaluating", "images") as progress:
         for number in mine:
-            image = images[number]
+            image = looks.images[number]
             rgb = read_rgb(image)
             maps = {name: values for source in sources for name, values in source.maps(image, rgb).items()}
-            journal.add(image.name, score_image(maps, fixations, number))
+            journal.add(image.name, score_image(maps, looks.fixations, number))
             progress.update(note=image.name)
 
 
-def score_image(maps: "dict[str, np.ndarray]", fixations: "Fixations", number: int) -> Scores:
+def score_image(maps: Mapping[str, np.ndarray], fixations: Fixations, number: int) -> Scores:
     """All metrics of all maps (H, W) of image `number`, and how well people predict one another there."""
-    from evaluation.fixation_metrics import all_scores, inter_observer
-
     x, y, subject = fixations.of_image(number)
     elsewhere = fixations.elsewhere(number)
     height, width = fixations.sizes[number].tolist()
@@ -185,79 +221,73 @@ def score_image(maps: "dict[str, np.ndarray]", fixations: "Fixations", number: i
     return scores
 
 
-def differences(scores: dict[str, Scores], rows: "dict[str, Row]", seed: int) -> list[dict[str, Any]]:
+def differences(scores: Mapping[str, Scores], rows: "Mapping[str, Row]", seed: int) -> list[dict[str, Any]]:
     """Paired differences with intervals: every model against its controls, the baselines and the models after it."""
     models = [name for name, row in rows.items() if row.kind == "model"]
     baselines = [name for name, row in rows.items() if row.kind == "baseline"]
     return [
-        tables.difference(scores, first, second, METRICS, seed)
+        tables.difference(scores, first, second, tuple(METRICS), seed)
         for place, first in enumerate(models)
         for second in (*rows[first].controls, *baselines, *models[place + 1 :])
     ]
 
 
 def write_results(
-    args: argparse.Namespace,
-    rows: "dict[str, Row]",
-    scores: dict[str, Scores],
-    fixations: "Fixations",
-    sources: "list[Source]",
-    images: list[Path],
+    out: Path,
+    rows: "Mapping[str, Row]",
+    scores: Mapping[str, Scores],
+    looks: Looks,
+    sources: "Sequence[Source]",
     facts: artefacts.Facts,
 ) -> None:
-    """All files of OUT; summary.json and its sidecar come last."""
-    counts = [len(fixations.of_image(number)[0]) for number in range(len(images))]
-    facts_of_images = {"image": list(scores), "fixations": counts}
-    artefacts.write_text(args.out / "scores.csv", tables.scores_csv(scores, METRICS, facts_of_images))
+    """All files of OUT, from the scores by image; summary.json and its sidecar `facts` come last."""
+    fixations, metrics, seed = looks.fixations, tuple(METRICS), facts["seed"]
+    counts = [len(fixations.of_image(number)[0]) for number in range(len(looks.images))]
+    artefacts.write_text(
+        out / "scores.csv", tables.scores_csv(scores, metrics, {"image": list(scores), "fixations": counts})
+    )
     summary = {
-        "images": len(images),
+        "images": len(looks.images),
         "images_scored": sum(count > 0 for count in counts),
         "fixations": len(fixations),
         "left_out": {key: getattr(fixations, key) for key in ("outside", "not_finite", "unknown")},
         "confidence": tables.CONFIDENCE,
         "models": {
-            name: {
-                "kind": row.kind,
-                "about": row.about,
-                **tables.summarise(scores, name, METRICS, args.seed),
-            }
+            name: {"kind": row.kind, "about": row.about, **tables.summarise(scores, name, metrics, seed)}
             for name, row in rows.items()
         },
-        "differences": differences(scores, rows, args.seed),
+        "differences": differences(scores, rows, seed),
         "sources": [source.facts for source in sources],
         "versions": program.versions(),
     }
     table = markdown(summary)
-    artefacts.write_text(args.out / "table.md", table)
+    artefacts.write_text(out / "table.md", table)
     for name, row in rows.items():
         if row.kind == "model":
-            draw_examples(args.out / f"examples-{name}.png", name, row, scores, fixations, sources, images)
-    artefacts.write_json(args.out / "summary.json", summary)
-    artefacts.write_json(artefacts.sidecar_path(args.out / "summary.json"), facts)
+            draw_examples(out / f"examples-{name}.png", name, row, scores, looks, sources)
+    artefacts.write_json(out / "summary.json", summary)
+    artefacts.write_json(artefacts.sidecar_path(out / "summary.json"), facts)
     print(table)
-    print(f"{args.out}: scores.csv, summary.json, table.md and examples of {len(images)} images")
+    print(f"{out}: scores.csv, summary.json, table.md and examples of {len(looks.images)} images")
 
 
 def markdown(summary: dict[str, Any]) -> str:
     """Both tables, aligned, and what each row is."""
     scored = f"{summary['images_scored']} images, {summary['fixations']} fixations"
-    names = [metric.upper().replace("SAUC", "sAUC") for metric in METRICS]
+    names = [metric.title for metric in METRICS.values()]
     about = "\n".join(f"- {name}: {values['about']}" for name, values in summary["models"].items())
-    return "\n\n".join([*tables.tables(summary, METRICS, scored, names), about]) + "\n"
+    return "\n\n".join([*tables.tables(summary, tuple(METRICS), scored, names), about]) + "\n"
 
 
 def draw_examples(
     path: Path,
     name: str,
     row: "Row",
-    scores: dict[str, Scores],
-    fixations: "Fixations",
-    sources: "list[Source]",
-    images: list[Path],
+    scores: Mapping[str, Scores],
+    looks: Looks,
+    sources: "Sequence[Source]",
 ) -> None:
     """Best, median and worst image of a model by AUC: photo, its map and those of its controls, fixations as dots."""
-    import numpy as np
-
     from pipeline.figures import picture_grid
     from pipeline.images import read_rgb
 
@@ -266,12 +296,12 @@ def draw_examples(
     chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
     pictures, points = [], []
     for rank, number in chosen.items():
-        rgb = read_rgb(images[number])
+        rgb = read_rgb(looks.images[number])
         own = [source for source in sources if {name, *row.controls} & source.rows.keys()]
-        maps = {key: values for source in own for key, values in source.maps(images[number], rgb).items()}
-        own_scores = scores[images[number].name]
+        maps = {key: values for source in own for key, values in source.maps(looks.images[number], rgb).items()}
+        own_scores = scores[looks.images[number].name]
         titles = {key: key.replace("/", "\n") + f"\nAUC {own_scores[key]['auc']:.3f}" for key in (name, *row.controls)}
-        photo = {f"{rank} of {len(order)}\n{images[number].name}": rgb}
+        photo = {f"{rank} of {len(order)}\n{looks.images[number].name}": rgb}
         pictures.append(photo | {title: maps[key] for key, title in titles.items()})
-        points.append(fixations.of_image(number)[:2])
+        points.append(looks.fixations.of_image(number)[:2])
     picture_grid(pictures, path, points)

@@ -7,10 +7,68 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+MEANS_AT_ONCE = 1 << 20  # values drawn at a time by the bootstrap
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # by image, model and metric
+
+
+def bootstrap_interval(
+    values: ArrayLike, *, confidence: float = 0.95, resamples: int = 10000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean over images (Efron & Tibshirani 1993, Sec. 13.3).
+
+    Args:
+        values: (N,) one score per image; NaN (an image without fixations) is left out.
+        confidence: probability covered, between 0 and 1.
+        resamples: number of samples of N images drawn with replacement.
+        seed: of the draws; the same seed gives the same interval.
+
+    Returns:
+        lower and upper end; NaN for fewer than two scores, which say nothing about the spread.
+
+    Raises:
+        ValueError: infinite scores, or a setting out of range.
+    """
+    values = np.asarray(values, dtype=np.float64).ravel()
+    values = values[~np.isnan(values)]
+    if not np.isfinite(values).all():
+        raise ValueError("scores must be finite or NaN")
+    if not 0 < confidence < 1 or resamples < 1:
+        raise ValueError(f"confidence {confidence} must be between 0 and 1, and resamples {resamples} at least 1")
+    if len(values) < 2:
+        return math.nan, math.nan
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    step = max(1, MEANS_AT_ONCE // len(values))
+    for start in range(0, resamples, step):
+        count = min(step, resamples - start)
+        means[start : start + count] = values[generator.integers(len(values), size=(count, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def paired_difference(
+    first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95, resamples: int = 10000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of first - second over the same images, with the ends of its `bootstrap_interval`.
+
+    An image for which either score is NaN is left out; all three are NaN where none is left.
+
+    Raises:
+        ValueError: unequal lengths, infinite scores, or a setting out of range.
+    """
+    first, second = (np.asarray(scores, dtype=np.float64).ravel() for scores in (first, second))
+    if first.shape != second.shape:
+        raise ValueError(f"{first.size} and {second.size} scores cannot be paired")
+    if np.isinf(first).any() or np.isinf(second).any():
+        raise ValueError("scores must be finite or NaN")
+    differences = first - second
+    differences = differences[~np.isnan(differences)]
+    low, high = bootstrap_interval(differences, confidence=confidence, resamples=resamples, seed=seed)
+    return float(differences.mean()) if differences.size else math.nan, low, high
 
 
 def column(scores: Scores, model: str, metric: str) -> np.ndarray:
@@ -20,8 +78,6 @@ def column(scores: Scores, model: str, metric: str) -> np.ndarray:
 
 def summarise(scores: Scores, model: str, metrics: Sequence[str], seed: int) -> dict[str, Any]:
     """Mean over images by metric, and `intervals` by metric from a bootstrap; None where there is no score."""
-    from evaluation.fixation_metrics import bootstrap_interval
-
     means: dict[str, Any] = {}
     intervals = {}
     for metric in metrics:
@@ -34,8 +90,6 @@ def summarise(scores: Scores, model: str, metrics: Sequence[str], seed: int) -> 
 
 def difference(scores: Scores, first: str, second: str, metrics: Sequence[str], seed: int) -> dict[str, Any]:
     """Mean of `first` - `second` over the same images by metric, and `intervals`."""
-    from evaluation.fixation_metrics import paired_difference
-
     entry: dict[str, Any] = {"first": first, "second": second, "intervals": {}}
     for metric in metrics:
         pair = (column(scores, model, metric) for model in (first, second))

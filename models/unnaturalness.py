@@ -17,21 +17,18 @@ POWER = 0.5  # original code
 BLUR = 0.03  # original code, of the image's height and width
 
 
-def projected_features(
-    backbone: Backbone, vlm: VisualLanguageModel, rgb: np.ndarray, layers: Iterable[str]
-) -> dict[str, Tensor]:
-    """What the language models of some layers read of an image (H, W, 3) uint8 at its own size: (1, D, h, w) each.
+def layer_features(backbone: Backbone, rgb: np.ndarray, layers: Iterable[str]) -> dict[str, Tensor]:
+    """What a CNN gives for an image (H, W, 3) uint8 at its own size: features (1, C, h, w) of some layers.
 
     Raises:
-        UserError: the image is too small for a layer.
+        UserError: the image is too small for a layer's map.
     """
     layers = list(layers)
     for layer in layers:
         backbone.architecture.check_size(layer, *rgb.shape[:2], grid=3)
     x = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)[None].float().to(backbone.device)  # (1, 3, H, W)
     with torch.no_grad():
-        features = backbone(backbone.preprocess(x), layers)
-        return {layer: vlm.projections[layer](features[layer]) for layer in layers}
+        return backbone(backbone.preprocess(x), layers)
 
 
 def unnaturalness_map(
@@ -48,9 +45,9 @@ def unnaturalness_map(
     Raises:
         UserError: the image is too small for the layer.
     """
-    p = projected_features(backbone, vlm, rgb, [layer])[layer]
+    features = layer_features(backbone, rgb, [layer])[layer]
     with torch.no_grad():
-        return layer_map(p, predictors or vlm.layers[layer])[0].cpu().double().numpy()
+        return layer_map(vlm.projections[layer](features), predictors or vlm.layers[layer])[0].cpu().double().numpy()
 
 
 def added(maps: Iterable[np.ndarray]) -> np.ndarray:

@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import hashlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,24 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 KEPT_BYTES = 2**30
 
 
-def load_backbone(args: argparse.Namespace, name: str, layers: list[str], device: Any) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class WeightsChoice:
+    """Which CNN weights are wanted: what the options of `add_weights_options` and --seed say."""
+
+    weights: str = "auto"
+    mean_image: Path | None = None
+    cache: Path | None = None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "WeightsChoice":
+        """The parsed options."""
+        return cls(args.weights, args.mean_image, args.cache, args.seed)
+
+
+def load_backbone(
+    args: argparse.Namespace | WeightsChoice, name: str, layers: list[str], device: Any
+) -> tuple[Any, Any]:
     """The backbone and its `Weights` for the options of `add_weights_options`, on a device; says what was taken.
 
     `layers` are the taps that will be read: they decide whether convolutions alone are enough.

@@ -106,7 +106,7 @@ def _prepare(stage: str, argv: list[str]) -> None:
     program.code_version = lambda: "tested"  # git costs a process
     for name in ("loss_curves", "reconstruction_curves", "picture_row", "picture_grid"):  # matplotlib costs a second
         setattr(figures, name, lambda _, path, *more: artefacts.write_bytes(path, b"a figure"))
-    score_fixations.RESAMPLES = tables.RESAMPLES = 50
+    tables.RESAMPLES = 50
     classifier.find_weights = lambda: None
 
 

@@ -1,0 +1,173 @@
+"""The detector: a CNN and what reads its layers. An image goes in; one pass gives unnaturalness and saliency maps."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models import unnaturalness
+from models.backbones import Backbone
+from models.checkpoints import load_vlm
+from models.errors import UserError
+from models.vlm import DIRECTIONS, TRIVIAL_PREDICTORS, LayerModel, VisualLanguageModel, layer_map
+from pipeline import artefacts, networks
+
+LANGUAGE_MODEL = "vlm"
+
+
+def _trivial(name: str) -> Callable[[Tensor, LayerModel], Tensor]:
+    predictors = dict.fromkeys(DIRECTIONS, TRIVIAL_PREDICTORS[name])
+    return lambda projected, _: layer_map(projected, predictors)
+
+
+# What predicts a layer: (projected features (1, D, h, w), its language model) -> map (1, h-1, w-1). All but the first
+# are controls, which put a trivial predictor in the language model's place.
+PREDICTORS: dict[str, Callable[[Tensor, LayerModel], Tensor]] = {
+    LANGUAGE_MODEL: lambda projected, model: model.unnaturalness_map(projected),
+    **{name.replace(" ", "-"): _trivial(name) for name in TRIVIAL_PREDICTORS},
+}
+
+
+@dataclass(frozen=True)
+class Postprocess:
+    """How an unnaturalness map becomes a saliency map; `kind` is float or original, see `models.unnaturalness`."""
+
+    kind: str = "float"
+    power: float = unnaturalness.POWER
+    blur: float = unnaturalness.BLUR
+
+    def __call__(self, raw: np.ndarray, height: int, width: int, stride: int) -> np.ndarray:
+        """Map (h-1, w-1) -> (height, width), float64 in 0…1, or uint8 where `kind` is original."""
+        finish = unnaturalness.postprocess_original if self.kind == "original" else unnaturalness.postprocess
+        return finish(raw, height, width, stride, self.power, self.blur)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file of language models, frozen, and the name of the backbone that they read."""
+
+    path: Path
+    backbone: str
+    vlm: VisualLanguageModel
+    sha256: str
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> "Checkpoint":
+        """Read it; a UserError says what is wrong with the file."""
+        vlm, configuration = load_vlm(path)
+        return cls(path, configuration["backbone"], vlm.freeze().to(device), artefacts.file_sha256(path))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One map that an image gives: what `predictor` (of `PREDICTORS`) predicts badly on a layer of a checkpoint."""
+
+    name: str
+    checkpoint: Checkpoint
+    layer: str
+    predictor: str = LANGUAGE_MODEL
+    postprocess: Postprocess = Postprocess()
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A frozen CNN and its readings by name; `source` says where its weights are from, `facts` what they are.
+
+    On a CPU the weights lie channels last, in which convolutions are fastest there.
+    """
+
+    backbone: Backbone
+    facts: artefacts.Facts
+    source: str
+    readings: dict[str, Reading] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, readings: Iterable[Reading], choice: networks.WeightsChoice, device: torch.device) -> "Detector":
+        """The CNN that readings of one backbone share; says which weights were taken.
+
+        Raises:
+            UserError: no weights, or not the layers that are read.
+        """
+        by_name = {reading.name: reading for reading in readings}
+        (name,) = {reading.checkpoint.backbone for reading in by_name.values()}
+        layers = list(dict.fromkeys(reading.layer for reading in by_name.values()))
+        backbone, weights = networks.load_backbone(choice, name, layers, device)
+        if device.type == "cpu":
+            backbone = backbone.to(memory_format=torch.channels_last)
+        return cls(backbone, {"backbone": name, **networks.weights_facts(backbone, weights)}, weights.source, by_name)
+
+    def unnaturalness(self, rgb: np.ndarray, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+        """Map (h-1, w-1) float64 of an image (H, W, 3) uint8 for some readings (default: all), in one pass.
+
+        Raises:
+            UserError: the image is too small for a layer.
+        """
+        wanted = [self.readings[name] for name in (self.readings if names is None else names)]
+        features = unnaturalness.layer_features(self.backbone, rgb, dict.fromkeys(r.layer for r in wanted))
+        projected: dict[tuple[str, str], Tensor] = {}
+        maps = {}
+        with torch.no_grad():
+            for reading in wanted:
+                vlm, key = reading.checkpoint.vlm, (reading.checkpoint.sha256, reading.layer)
+                if key not in projected:
+                    projected[key] = vlm.projections[reading.layer](features[reading.layer])
+                raw = PREDICTORS[reading.predictor](projected[key], vlm.layers[reading.layer])
+                maps[reading.name] = raw[0].cpu().double().numpy()
+        return maps
+
+    def saliency(self, name: str, raw: np.ndarray, height: int, width: int) -> np.ndarray:
+        """Saliency map (height, width) of a reading from its unnaturalness map, post-processed as the reading says."""
+        reading = self.readings[name]
+        return reading.postprocess(raw, height, width, self.backbone.architecture.stride(reading.layer))
+
+    def memory(self, height: int, width: int) -> int:
+        """Bytes that a pass over an image needs at least, where it is the computer's memory; else 0."""
+        if self.backbone.device.type != "cpu":
+            return 0
+        layers = {reading.layer for reading in self.readings.values()}
+        return max(self.backbone.architecture.memory(layer, height, width) for layer in layers)
+
+    def facts_of(self, name: str) -> artefacts.Facts:
+        """All that determines a reading's maps, but the image and what its name says."""
+        return {**self.facts, "vlm_sha256": self.readings[name].checkpoint.sha256}
+
+
+def combined(maps: Sequence[np.ndarray]) -> np.ndarray:
+    """The saliency map of an image from those of its readings: the one there is, or their sum scaled as they are."""
+    if len(maps) == 1:
+        return maps[0]
+    total = unnaturalness.added(m / 255 if m.dtype == np.uint8 else m for m in maps)
+    return (total * 255).astype(np.uint8) if maps[0].dtype == np.uint8 else total
+
+
+def load_detectors(readings: Sequence[Reading], choice: networks.WeightsChoice, device: torch.device) -> list[Detector]:
+    """One detector for every backbone that the readings need, so that each image goes once through each.
+
+    Raises:
+        UserError: weights are missing.
+    """
+    backbones = dict.fromkeys(reading.checkpoint.backbone for reading in readings)
+    return [Detector.load([r for r in readings if r.checkpoint.backbone == name], choice, device) for name in backbones]
+
+
+def choose_layers(checkpoints: Mapping[Path, Iterable[str]], wanted: Sequence[str] | None) -> dict[Path, list[str]]:
+    """Which layers of each checkpoint (path -> its layers) are read: those wanted that it has, else its deepest.
+
+    Raises:
+        UserError: a layer is in no checkpoint, or a checkpoint has none of them.
+    """
+    layers = {path: list(there) for path, there in checkpoints.items()}
+    if not wanted:
+        return {path: there[-1:] for path, there in layers.items()}
+    for layer in wanted:
+        if not any(layer in there for there in layers.values()):
+            there = "; ".join(f"{path} has {', '.join(names)}" for path, names in layers.items())
+            raise UserError(f"there is no layer {layer!r}: {there}")
+    chosen = {path: [layer for layer in wanted if layer in there] for path, there in layers.items()}
+    for path, names in chosen.items():
+        if not names:
+            raise UserError(f"{path} has none of the layers {', '.join(wanted)}: choose from {', '.join(layers[path])}")
+    return chosen
