@@ -75,11 +75,10 @@ def open_detector(args, path: Path, layers: list[str] | None, predictors: tuple[
 
 def unnaturalness_maps(args, image: Path, checkpoint: Path, out: Path) -> dict[str, np.ndarray]:
     """Compute and write the map of every layer of a checkpoint; returns them by `<backbone> <layer>`."""
-    from matplotlib import colormaps
-
     from pipeline.detector import LANGUAGE_MODEL
     from pipeline.figures import HEAT
     from pipeline.images import limit_side, read_rgb, write_png
+    from pipeline.plotting import colormap
 
     detector = open_detector(args, checkpoint, None, (LANGUAGE_MODEL,))
     raws = detector.unnaturalness(limit_side(read_rgb(image), args.max_side))
@@ -88,7 +87,7 @@ def unnaturalness_maps(args, image: Path, checkpoint: Path, out: Path) -> dict[s
         name, layer = detector.facts["backbone"], detector.readings[reading].layer
         artefacts.write_array(out / f"{name}-{layer}.npy", raw)
         root = np.sqrt(raw / max(raw.max(), 1e-300))
-        write_png(out / f"{name}-{layer}.png", (colormaps[HEAT](root)[:, :, :3] * 255).astype(np.uint8))
+        write_png(out / f"{name}-{layer}.png", (colormap(HEAT)(root)[:, :, :3] * 255).astype(np.uint8))
         maps[f"{name} {layer}"] = root
     return maps
 
