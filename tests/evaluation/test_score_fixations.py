@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from safetensors.torch import save_file
 import evaluate
 import saliency
 from evaluation import fixation_metrics, score_fixations
-from evaluation.fixations import image_sizes, read_fixations
+from evaluation.baselines import BASELINES, Baseline
+from evaluation.datasets import DATASETS, Dataset
+from evaluation.fixations import image_sizes, read_csv, read_fixations
 from models.backbones import ARCHITECTURES, random_parameters
 from models.checkpoints import load_vlm
 from models.errors import UserError
@@ -372,3 +375,27 @@ def test_layers_are_found_in_their_checkpoints() -> None:
     assert choose_layers(there, ["conv1"]) == {first: ["conv1"], second: ["conv1"]}
     with pytest.raises(UserError, match="second has none of the layers conv5: choose from conv1, conv5_3"):
         choose_layers(there, ["conv5"])
+
+
+def test_metric_data_set_and_baseline_are_added_in_one_entry(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Made-up ones, from outside: offered by the command line, and seen in the tables."""
+    cache = tmp_path / "cache" / "ours"
+    shutil.copytree(data, cache)
+    ours = Dataset(
+        lambda: (), lambda member: None, images="stimuli/*", count=4, fixations="fixations.csv", read=read_csv
+    )
+    monkeypatch.setitem(DATASETS, "ours", ours)
+    monkeypatch.setitem(BASELINES, "left", Baseline("left is salient", lambda rgb: -np.indices(rgb.shape[:2])[1]))
+    peak = fixation_metrics.Metric("Peak", lambda case: float(case.values.max()), of_people=True)
+    monkeypatch.setitem(fixation_metrics.METRICS, "peak", peak)
+    out = tmp_path / "out"
+    chosen = ["--dataset", "ours", "--cache", str(tmp_path / "cache"), "--baseline", "left", "--out", str(out)]
+    assert evaluate.main(["fixations", *chosen]) == 0
+    scores, summary = read_scores(out), json.loads((out / "summary.json").read_text())
+    assert scores["left"]["a.jpg"]["peak"] == 0 and scores["left"]["a.jpg"]["auc"] != 0.5
+    assert 0 < summary["models"]["inter-observer"]["peak"] < 1, "of the others' fixations, blurred"
+    table = (out / "table.md").read_text()
+    assert "| KLD " in table and "| Peak" in table and "| left " in table and "- left: left is salient" in table
+    assert table in capsys.readouterr().out
