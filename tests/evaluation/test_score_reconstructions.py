@@ -14,7 +14,7 @@ from PIL import Image
 
 import evaluate
 import reconstruct
-from evaluation import classifier, picture_metrics, tables
+from evaluation import classifier, picture_metrics, score_reconstructions, tables
 from models.errors import UserError
 from pipeline import artefacts
 from tests.conftest import RUN, make_photo
@@ -170,6 +170,52 @@ def test_summaries_leave_out_missing_scores() -> None:
     assert tables.cells(summary, ["m"]) == ["2.000 [1.000, 3.000]"]
     assert tables.cells(difference, ["m"], signed=True) == ["+1.000 [+0.500, +1.500]"]
     assert tables.cells(empty, ["m"]) == ["–"]
+
+
+def test_a_blur_shows_what_fine_noise_hides() -> None:
+    original = make_photo(2, 90, 80).astype(np.float32)
+    noisy = (original + np.random.default_rng(0).normal(0, 60, original.shape)).astype(np.float32)
+    smooth, smooth_original = picture_metrics.blur(noisy), picture_metrics.blur(original)
+    assert picture_metrics.ssim(noisy, original) < 0.3 < 0.8 < picture_metrics.ssim(smooth, smooth_original)
+    np.testing.assert_allclose(picture_metrics.blur(np.full((9, 9, 3), 7.0)), 7)
+    point = np.zeros((41, 41, 3))
+    point[20, 20] = 1
+    spread = picture_metrics.blur(point)[:, :, 0]
+    rows = np.arange(41) - 20
+    assert math.sqrt((spread.sum(1) * rows**2).sum()) == pytest.approx(4, rel=0.02)
+
+
+def test_colour_correlation() -> None:
+    original = make_photo(4, 30, 40)
+    assert picture_metrics.colour_correlation(original, original) == pytest.approx(1)
+    assert picture_metrics.colour_correlation(0.2 * original + 90, original) == pytest.approx(1), "paler, not elsewhere"
+    assert picture_metrics.colour_correlation(255.0 - original, original) == pytest.approx(-1)
+    assert picture_metrics.colour_correlation(np.full_like(original, 9), original) == 0
+    swapped = picture_metrics.colour_correlation(original[:, :, ::-1], original)
+    expected = [np.corrcoef(original[..., 2 - k].ravel(), original[..., k].ravel())[0, 1] for k in range(3)]
+    assert swapped == pytest.approx(np.mean(expected))
+
+
+def test_a_metric_is_one_entry(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Added from outside, it stands in the tables."""
+    monkeypatch.setattr(classifier, "find_weights", lambda: None)
+    monkeypatch.setitem(picture_metrics.METRICS, "brightness", lambda c: float(c.picture.mean()))
+    models = evaluate_results(results, tmp_path, "--grid", "0")["models"]
+    assert models["mean"]["brightness"] == pytest.approx(255 * (0.485 + 0.456 + 0.406) / 3, abs=0.1)
+    assert "brightness" in (tmp_path / "table.md").read_text()
+
+
+def test_models_are_called_by_what_tells_them_apart() -> None:
+    def result(image: str, **facts: object) -> score_reconstructions.Result:
+        return score_reconstructions.Result(Path(image), {"input": image, "input_sha256": "0", **facts})
+
+    authors = result("a", regularizer="tv", descent="authors", momentum=0.9)
+    fourier = [result("a", regularizer="tv", descent="fourier", momentum=m) for m in (0.9, 0.5)]
+    none = result("a", regularizer="none", descent="fourier", momentum=0.9)
+    grouped = score_reconstructions.group_by_model([*fourier, authors, none])
+    names = ["none fourier", "tv authors", "tv fourier momentum=0.9", "tv fourier momentum=0.5"]
+    assert list(grouped) == names
+    assert list(score_reconstructions.group_by_model([fourier[0], none])) == ["none", "tv"]
 
 
 def test_table_is_aligned() -> None:
