@@ -1,7 +1,7 @@
 """Tables: saliency maps against human fixations, reconstructions against one another, images against spoiled copies.
 
 In:  see the commands.
-Out: tables, per-image scores and pictures in the folder of --out.
+Out: tables, per-image scores, pictures, and report.html with all of them, in the folder of --out.
 
     python evaluate.py fixations --stimuli photos/ --fixations fixations.csv
     python evaluate.py reconstruction out/alexnet/reconstructions
@@ -12,7 +12,7 @@ Out: tables, per-image scores and pictures in the folder of --out.
 import sys
 
 from evaluation import score_fixations, score_naturalness, score_reconstructions
-from pipeline import options, program
+from pipeline import distributed, options, program
 
 # Modules with a docstring, add_options(parser) and run(args) -> exit code.
 COMMANDS = {"fixations": score_fixations, "reconstruction": score_reconstructions, "naturalness": score_naturalness}
@@ -26,7 +26,12 @@ def get_parser() -> options.Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command."""
     args = get_parser().parse_args(argv)
-    return COMMANDS[args.command].run(args)
+    code = COMMANDS[args.command].run(args)
+    if distributed.rank() == 0 and (args.out / "summary.json").is_file():
+        from evaluation import page
+
+        page.write_page(args.out, args.command)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""One image in, the paper's figure out, with the language models that ship in models/pretrained/.
+"""One image in, a page of results out, with the language models that ship in models/pretrained/.
 
 In:  IMAGE, any size, mode and format that Pillow opens (default: a sample photo).
-Out: OUT/saliency/: the saliency map (.npy, .png, overlay); OUT/unnaturalness/<backbone>-<layer>.npy and .png of every
-     layer; OUT/reconstructions/: the image from the deepest feature that the weights reach, with the language model
-     and without; OUT/figure.png, all of it.
+Out: OUT/report.html, the page, in one file; OUT/figure.png, the paper's figure; OUT/README.txt says what else is there:
+     saliency map, unnaturalness map of every layer, reconstructions with the language models and without.
 
     python run_pretrained_model.py photo.jpg
+    python run_pretrained_model.py photo.jpg --target fc8
 
 With --figures: all pictures of the README, assets/figure.png, assets/saliency.png and assets/reconstruction.png, from
 sample photos; what they are made of stays in out/figures/, where another run takes it up again. With --out, both there.
@@ -15,6 +15,8 @@ sample photos; what they are made of stays in out/figures/, where another run ta
 
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,90 +24,184 @@ import numpy as np
 
 from models.errors import UserError
 from pipeline import artefacts, networks, options, program
-from pipeline.progress import Progress
 
 if TYPE_CHECKING:
     from pipeline.detector import Detector
+    from pipeline.results_page import LayerResult
 
 PRETRAINED = Path(__file__).parent / "models" / "pretrained"
 RECONSTRUCTION = PRETRAINED / "alexnet.safetensors"
 SALIENCY = PRETRAINED / "vgg16.safetensors"
 STATISTICS_IMAGES = 128
 ASSETS = Path(__file__).parent / "assets"
-# The README's pictures: sample photos by their names, and widths in pixels that keep the files below a megabyte.
-SALIENCY_PHOTOS, SALIENCY_SIDE = ("astronaut", "chelsea", "coffee", "rocket"), 448
-RECONSTRUCTED_PHOTOS, RECONSTRUCTED_ITERATIONS = ("china", "flower"), 200
+DESCENTS = {  # reconstructions of the page: folder -> title, options of reconstruct.py
+    "vlm": ("with language models", ["--regularizer", "vlm", "--descent", "fourier"]),
+    "none": ("without them", ["--regularizer", "none", "--descent", "fourier"]),
+    "authors": ("with them, the paper's descent", ["--regularizer", "vlm", "--descent", "authors"]),
+}
+SMALL, AT_MOST = "authors", 200  # the figure shows it small; it gets no more updates
+# The README's pictures: sample photos by their names.
+SALIENCY_PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
+RECONSTRUCTED_PHOTOS = ("china", "flower", "astronaut", "chelsea", "coffee", "rocket")
 REGULARIZERS = ("none", "l2", "tv", "vlm", "vlm+tv")
-FIGURE_DPI, SALIENCY_DPI, RECONSTRUCTION_DPI = 50, 75, 75
+FIGURE_DPI = 75
+PAGE = "report.html"
+PLAN = """{image}, with the language models that ship; times are of two CPU cores with nothing else to do:
+  1. where people look                               10 s
+  2. how unnatural every layer finds every place      5 s
+  3. three reconstructions from its {target} feature   90 s
+The page fills as results come; open it in a browser:"""
 
 
-def deepest_target(args, backbone_name: str) -> tuple[str, str, str]:
-    """The deepest tap that the weights at hand reach, the --weights value that gives it, and why."""
-    from models.backbones import ARCHITECTURES
-    from models.weights import FILES, has_full_weights, load_backbone
+@dataclass(frozen=True)
+class Run:
+    """What to do, with which image, and where the results go."""
 
-    architecture = ARCHITECTURES[backbone_name]
-    if args.weights == "auto" and has_full_weights(architecture, args.cache):
-        from models.weights.downloads import cache_folder
+    image: Path
+    out: Path
+    target: str = "pool5"
+    iterations: int | None = None
+    max_side: int = 1024
+    device: str = "auto"
+    seed: int = 0
+    weights: str = "auto"
+    cache: Path | None = None
+    overwrite: bool = False
 
-        path = (args.cache or cache_folder()) / FILES[backbone_name].name
-        return "fc8", str(path), f"the complete {backbone_name} lies in the cache"
-    backbone, _ = load_backbone(backbone_name, args.weights, cache=args.cache, seed=args.seed)
-    if "fc8" in backbone.available_taps:
-        return "fc8", args.weights, "the weights are complete"
-    return (
-        "pool5",
-        args.weights,
-        f"the weights are convolutions only; for fc8 give {FILES[backbone_name].name} with --weights",
-    )
+    def shared(self, *more: object) -> list[str]:
+        """Options that every stage gets, and more."""
+        options = ["--device", self.device, "--seed", self.seed, *(["--overwrite"] if self.overwrite else [])]
+        return [str(o) for o in (*options, *(["--cache", self.cache] if self.cache else []), *more)]
 
+    @property
+    def saliency(self) -> Path:
+        """The saliency map."""
+        from pipeline.images import output_name
 
-def open_detector(args, path: Path, layers: list[str] | None, predictors: tuple[str, ...]) -> "Detector":
-    """The detector of a checkpoint, with a reading `<layer> <predictor>` for all layers (None: of the checkpoint)."""
-    from pipeline.detector import Checkpoint, Detector, Reading
+        return self.out / "saliency" / f"{output_name(self.image.stem)}.npy"
 
-    device = networks.pick_device(args.device)
-    checkpoint = Checkpoint.load(path, device)
-    weights = args.weights if checkpoint.backbone == args.backbone else "auto"
-    choice = networks.WeightsChoice.of(options.replace(args, weights=weights))
-    layers = layers or list(checkpoint.vlm.layers)
-    readings = [Reading(f"{layer} {name}", checkpoint, layer, name) for layer in layers for name in predictors]
-    return Detector.load(readings, choice, device)
-
-
-def unnaturalness_maps(args, image: Path, checkpoint: Path, out: Path) -> dict[str, np.ndarray]:
-    """Compute and write the map of every layer of a checkpoint; returns them by `<backbone> <layer>`."""
-    from pipeline.detector import LANGUAGE_MODEL
-    from pipeline.figures import HEAT
-    from pipeline.images import limit_side, read_rgb, write_png
-    from pipeline.plotting import colormap
-
-    detector = open_detector(args, checkpoint, None, (LANGUAGE_MODEL,))
-    raws = detector.unnaturalness(limit_side(read_rgb(image), args.max_side))
-    maps = {}
-    for reading, raw in raws.items():
-        name, layer = detector.facts["backbone"], detector.readings[reading].layer
-        artefacts.write_array(out / f"{name}-{layer}.npy", raw)
-        root = np.sqrt(raw / max(raw.max(), 1e-300))
-        write_png(out / f"{name}-{layer}.png", (colormap(HEAT)(root)[:, :, :3] * 255).astype(np.uint8))
-        maps[f"{name} {layer}"] = root
-    return maps
+    @property
+    def reconstructions(self) -> dict[str, Path]:
+        """Folders by title."""
+        return {f"{self.target}, {title}": self.out / "reconstructions" / name for name, (title, _) in DESCENTS.items()}
 
 
-def fc8_statistics(args, weights: str, backbone: str, target: str, root: Path) -> list[str]:
+def open_detector(run: Run, checkpoint: Path, *, control: str = "") -> "Detector":
+    """The detector of a checkpoint, with a reading for every layer, and one for a control."""
+    from pipeline.results_page import detector_of_layers
+
+    weights = networks.WeightsChoice(run.weights if checkpoint == RECONSTRUCTION else "auto", None, run.cache, run.seed)
+    return detector_of_layers(checkpoint, weights, networks.pick_device(run.device), control)
+
+
+def make_saliency(run: Run) -> None:
+    """The saliency map and its overlay."""
+    import saliency
+
+    options = run.shared("--max-side", run.max_side, "--vlm", SALIENCY, "--out", run.saliency.parent)
+    if saliency.main([str(run.image), *options]):
+        raise UserError(f"{run.image} gives no saliency map: see the line above")
+
+
+def make_layer_maps(run: Run, rgb: np.ndarray) -> "list[LayerResult]":
+    """Unnaturalness maps of every layer of both checkpoints, as .npy and .png."""
+    from pipeline.results_page import layer_results, write_layer_maps
+
+    detectors = [open_detector(run, checkpoint) for checkpoint in (RECONSTRUCTION, SALIENCY)]
+    results = [result for detector in detectors for result in layer_results(detector, rgb)]
+    write_layer_maps(run.out / "unnaturalness", results)
+    return results
+
+
+def statistics_options(run: Run) -> list[str]:
     """Options that give reconstruct.py σ of a tap that the shipped checkpoint lacks, measured on the sample photos."""
     import extract_features
     import prepare_images
     from models.checkpoints import load_vlm
 
-    if target in load_vlm(RECONSTRUCTION)[0].statistics:
+    vlm, configuration = load_vlm(RECONSTRUCTION)
+    if run.target in vlm.statistics:
         return []
-    common = ["--preset", "demo", "--root", str(root), "--device", args.device]
+    print(f"standard deviation of {run.target}: measured on {STATISTICS_IMAGES} crops of sample photos", flush=True)
+    root = run.out / "statistics"
+    common = ["--preset", "demo", "--root", str(root)]
     prepare_images.main([*common, "--source", "samples", "--num-images", str(STATISTICS_IMAGES)])
-    extract_features.main(
-        [*common, "--backbone", backbone, "--weights", weights, "--layers", "conv5", "--statistics", target]
-    )
+    taps = ["--backbone", configuration["backbone"], "--layers", "conv5", "--statistics", run.target]
+    extract_features.main([*common, "--device", run.device, "--weights", run.weights, *taps])
     return ["--statistics", str(root / "features" / "projection.safetensors")]
+
+
+def make_reconstructions(run: Run) -> Iterator[Path]:
+    """Every descent of `DESCENTS`, one after the other."""
+    import reconstruct
+
+    statistics = statistics_options(run)
+    for name, (_, descent) in DESCENTS.items():
+        iterations = min(run.iterations or AT_MOST, AT_MOST) if name == SMALL else run.iterations
+        updates = ["--iterations", iterations] if iterations else []
+        folder = run.out / "reconstructions" / name
+        options = run.shared("--weights", run.weights, "--vlm", RECONSTRUCTION, "--target", run.target, "--out", folder)
+        reconstruct.main([str(run.image), *options, *statistics, *map(str, updates), *descent])
+        yield folder
+
+
+def make_results(run: Run, started: float, dpi: int = 120) -> Path:
+    """Everything of one image; the page is written anew whenever something is added to it. Returns the figure."""
+    from pipeline.images import limit_side, output_name, read_rgb
+    from pipeline.report import write
+    from pipeline.report_parts import facts_of_run, write_guide
+    from pipeline.results_page import GUIDE, draw_figure, results_report
+
+    rgb = limit_side(read_rgb(run.image), run.max_side)
+    name = output_name(run.image.stem)
+    overlay, figure = run.saliency.with_name(f"{run.saliency.stem}-overlay.png"), run.out / "figure.png"
+
+    def write_page(layers: "Sequence[LayerResult]" = (), unfinished: str = "") -> None:
+        report = results_report(name, rgb, saliency=run.saliency, layers=layers, reconstructions=run.reconstructions)
+        report.unfinished = f"Not finished: {unfinished}. Reload this page in a while." if unfinished else ""
+        report.facts = {"this run": facts_of_run(time.monotonic() - started, image=str(run.image)), **report.facts}
+        write(run.out / PAGE, report)
+
+    make_saliency(run)
+    write_page(unfinished="maps of all layers and reconstructions follow")
+    print(f"{overlay}: where people look, after {time.monotonic() - started:.0f} s", flush=True)
+    layers = make_layer_maps(run, rgb)
+    write_page(layers, "reconstructions follow")
+    for folder in make_reconstructions(run):
+        write_page(layers, "more reconstructions follow" if folder.name != list(DESCENTS)[-1] else "")
+    draw_figure(figure, rgb, overlay, run.reconstructions, SMALL, layers, dpi)
+    write_guide(run.out, f"{name}: results of run_pretrained_model.py", GUIDE)
+    return figure
+
+
+def make_readme_pictures(run: Run, folder: Path, started: float) -> list[Path]:
+    """All pictures of the README in a folder, from sample photos; returns their paths.
+
+    Raises:
+        UserError: a sample photo is missing.
+    """
+    import reconstruct
+    from pipeline import readme_pictures
+    from pipeline.sources import sample_photos
+
+    photos = {path.stem: path for path in sample_photos()}
+    if missing := {*SALIENCY_PHOTOS, *RECONSTRUCTED_PHOTOS} - photos.keys():
+        raise UserError(f"the installed packages lack {', '.join(sorted(missing))}: pip install -r requirements.txt")
+    figure, saliency, reconstruction = (folder / f"{name}.png" for name in ("figure", "saliency", "reconstruction"))
+    detector = open_detector(run, SALIENCY, control="predict-nothing")
+    readme_pictures.saliency_picture(detector, [photos[name] for name in SALIENCY_PHOTOS], saliency)
+    made = make_results(replace(run, image=next(iter(photos.values()))), started, FIGURE_DPI)
+    if made != figure:
+        artefacts.write_bytes(figure, made.read_bytes())
+    inverted = [photos[name] for name in RECONSTRUCTED_PHOTOS]
+    columns = {name: run.out / "photos" / name for name in REGULARIZERS}
+    for number, (name, out) in enumerate(columns.items(), start=1):
+        print(f"\nreconstructions {number} of {len(columns)}: {name}", flush=True)
+        options = ["--vlm", RECONSTRUCTION, "--target", run.target, "--regularizer", name, "--out", out]
+        updates = ["--iterations", run.iterations] if run.iterations else []
+        reconstruct.main([*map(str, inverted), *run.shared("--weights", run.weights, *options, *updates)])
+    readme_pictures.reconstruction_picture(columns, inverted, reconstruction)
+    return [figure, saliency, reconstruction]
 
 
 def get_parser() -> options.Parser:
@@ -116,152 +212,35 @@ def get_parser() -> options.Parser:
         "image", metavar="IMAGE", nargs="?", type=options.readable_file, help="(default: a sample photo)"
     )
     parser.add_argument("--out", type=options.writable_folder, help="folder (default: out/pretrained)")
-    parser.add_argument("--figures", action="store_true", help="make all pictures of the README instead (10 minutes)")
-    parser.add_argument("--iterations", type=options.positive, default=400, help="of each reconstruction (paper: 1000)")
+    parser.add_argument("--figures", action="store_true", help="make all pictures of the README instead (20 minutes)")
+    parser.add_argument("--target", default="pool5", metavar="TAP", help="feature to invert (paper: fc8)")
+    parser.add_argument("--iterations", type=options.positive, help="updates of each reconstruction (paper: 1000)")
     parser.add_argument("--max-side", type=options.positive, default=1024, help="shrink larger images for the maps")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make the maps, the reconstructions and the figure, or all pictures of the README."""
-    started = time.monotonic()
-    args = get_parser().parse_args(argv)
-    args.backbone = networks.checkpoint_backbone(RECONSTRUCTION)
-    if args.figures:
-        pictures = readme_figures(args)
-    else:
-        args.out = args.out or Path("out/pretrained")
-        pictures = [paper_figure(args)]
-    print(f"\n{', '.join(map(str, pictures))} shows the results; {time.monotonic() - started:.0f} s in all")
-
-
-def common_options(args) -> list[str]:
-    """Options that all stages get."""
-    options = ["--device", args.device, "--seed", str(args.seed), *(["--overwrite"] if args.overwrite else [])]
-    return options + (["--cache", str(args.cache)] if args.cache else [])
-
-
-def paper_figure(args, dpi: int = 120) -> Path:
-    """Saliency, unnaturalness of every layer and two reconstructions of one image, and OUT/figure.png of all."""
-    import reconstruct
-    import saliency
-    from pipeline.images import read_rgb
-
-    if args.image is None:
-        from pipeline.sources import sample_photos
-
-        args.image = sample_photos()[0]
-    image = read_rgb(args.image)
-    common = common_options(args)
-    target, weights, why = deepest_target(args, args.backbone)
-    print(f"\n1. saliency map of {args.image.name}", flush=True)
-    side = ["--max-side", str(args.max_side)]
-    folder = args.out / "saliency"
-    failed = saliency.main([str(args.image), *common, *side, "--vlm", str(SALIENCY), "--out", str(folder)])
-    if failed:
-        raise UserError(f"{args.image} gives no saliency map: see the line above")
-    print("\n2. unnaturalness map of every layer", flush=True)
-    maps = {}
-    for checkpoint in (RECONSTRUCTION, SALIENCY):
-        maps |= unnaturalness_maps(args, args.image, checkpoint, args.out / "unnaturalness")
-    print(f"\n3. reconstruction from {target} of {args.backbone}: {why}", flush=True)
-    statistics = fc8_statistics(args, weights, args.backbone, target, args.out / "statistics")
-    pictures = {"image": image}
-    for regularizer, title in (("vlm", "with language model"), ("none", "without")):
-        folder = args.out / "reconstructions" / regularizer
-        options = ["--weights", weights, "--vlm", str(RECONSTRUCTION), "--target", target, *statistics]
-        options += ["--regularizer", regularizer, "--iterations", str(args.iterations), "--out", str(folder)]
-        reconstruct.main([str(args.image), *common, *options])
-        pictures[f"{target}, {title}"] = read_rgb(folder / "reconstruction.png")
-    return write_figure(args, pictures, maps, dpi)
-
-
-def write_figure(args, pictures: dict[str, np.ndarray], maps: dict[str, np.ndarray], dpi: int) -> Path:
-    """figure.png: photo, reconstructions and saliency above the unnaturalness maps of all layers."""
-    from pipeline.figures import picture_grid
-    from pipeline.images import output_name, read_rgb
-
-    overlay = read_rgb(args.out / "saliency" / f"{output_name(args.image.stem)}-overlay.png")
-    top = {**pictures, "saliency": overlay}
-    below = {f"unnaturalness\n{name}": values for name, values in maps.items()}
-    picture_grid([top, below], args.out / "figure.png", dpi=dpi)
-    return args.out / "figure.png"
-
-
-def readme_figures(args) -> list[Path]:
-    """All pictures of the README, in the folder of --out or assets/; returns their paths.
-
-    Raises:
-        UserError: an image was given, or a sample photo is missing.
-    """
+    """Make the maps, the reconstructions and the page, or all pictures of the README."""
     from pipeline.sources import sample_photos
 
-    if args.image is not None:
+    started = time.monotonic()
+    args = get_parser().parse_args(argv)
+    if args.figures and args.image is not None:
         raise UserError("--figures shows sample photos: leave the image out")
-    photos = {path.stem: path for path in sample_photos()}
-    if missing := {*SALIENCY_PHOTOS, *RECONSTRUCTED_PHOTOS} - photos.keys():
-        raise UserError(f"the installed packages lack {', '.join(sorted(missing))}: pip install -r requirements.txt")
-    folder, work = args.out or ASSETS, args.out or Path("out/figures")
-    paths = [folder / f"{name}.png" for name in ("figure", "saliency", "reconstruction")]
-    print(f"{', '.join(map(str, paths))}, from the checkpoints in {PRETRAINED}", flush=True)
-    saliency_picture(args, [photos[name] for name in SALIENCY_PHOTOS], paths[1])
-    made = paper_figure(options.replace(args, out=work), FIGURE_DPI)
-    if made != paths[0]:
-        artefacts.write_bytes(paths[0], made.read_bytes())
-    reconstruction_picture(args, [photos[name] for name in RECONSTRUCTED_PHOTOS], work, paths[2])
-    return paths
-
-
-def saliency_picture(args, photos: list[Path], path: Path) -> None:
-    """Photos, their unnaturalness and saliency maps, and the same of a language model that predicts nothing."""
-    from models.checkpoints import load_vlm
-    from pipeline.detector import LANGUAGE_MODEL
-    from pipeline.figures import overlay, picture_grid
-    from pipeline.images import limit_side, read_rgb
-
-    columns = {"language model": LANGUAGE_MODEL, "predict nothing": "predict-nothing"}
-    layer = list(load_vlm(SALIENCY)[0].layers)[-1]
-    detector = open_detector(args, SALIENCY, [layer], tuple(columns.values()))
-    rows = []
-    with Progress(len(photos), "saliency", "photos") as progress:
-        for photo in photos:
-            rgb = limit_side(read_rgb(photo), SALIENCY_SIDE)
-            raws = detector.unnaturalness(rgb)
-            row = {f"{detector.facts['backbone']} {layer}": rgb}
-            for title, predictor in columns.items():
-                name = f"{layer} {predictor}"
-                row[f"unnaturalness,\n{title}"] = np.sqrt(raws[name] / raws[name].max())
-                row[f"saliency,\n{title}"] = overlay(rgb, detector.saliency(name, raws[name], *rgb.shape[:2]))
-            rows.append(row if not rows else dict(zip(_blanks(row), row.values(), strict=True)))
-            progress.update()
-    picture_grid(rows, path, column=2.4, dpi=SALIENCY_DPI)
-
-
-def _blanks(row: dict[str, np.ndarray]) -> list[str]:
-    """Different titles that show nothing, for rows under one that has the titles of all."""
-    return [" " * (place + 1) for place in range(len(row))]
-
-
-def reconstruction_picture(args, photos: list[Path], work: Path, path: Path) -> None:
-    """Photos and their reconstructions from pool5 by every regulariser."""
-    import reconstruct
-    from pipeline.figures import picture_grid
-    from pipeline.images import read_rgb
-
-    folders = {regularizer: work / "photos" / regularizer for regularizer in REGULARIZERS}
-    for number, (regularizer, folder) in enumerate(folders.items(), start=1):
-        print(f"\nreconstructions {number} of {len(folders)}: {regularizer}", flush=True)
-        options = ["--vlm", str(RECONSTRUCTION), "--target", "pool5", "--regularizer", regularizer]
-        options += ["--weights", args.weights, "--iterations", str(min(args.iterations, RECONSTRUCTED_ITERATIONS))]
-        options += ["--out", str(folder)]
-        reconstruct.main([*map(str, photos), *common_options(args), *options])
-    rows = []
-    for photo in photos:
-        of_photo = {name: folder / photo.stem for name, folder in folders.items()}
-        row = {"original": read_rgb(of_photo[REGULARIZERS[0]] / "image.png")}
-        row |= {name: read_rgb(folder / "reconstruction.png") for name, folder in of_photo.items()}
-        rows.append(row if not rows else dict(zip(_blanks(row), row.values(), strict=True)))
-    picture_grid(rows, path, column=1.9, dpi=RECONSTRUCTION_DPI)
+    out = args.out or Path("out/figures" if args.figures else "out/pretrained")
+    shared = {name: getattr(args, name) for name in ("target", "iterations", "max_side", "device", "seed", "weights")}
+    run = Run(args.image or sample_photos()[0], out, **shared, cache=args.cache, overwrite=args.overwrite)
+    if not args.figures:
+        print(
+            f"{PLAN.format(image=program.printable(run.image.name), target=run.target)}\n{run.out / PAGE}\n", flush=True
+        )
+    program.announce(args, networks.pick_device(args.device))
+    if args.figures:
+        results = ", ".join(map(str, make_readme_pictures(run, args.out or ASSETS, started)))
+    else:
+        make_results(run, started)
+        results = str(run.out / PAGE)
+    print(f"\n{results} shows the results; {time.monotonic() - started:.0f} s in all")
 
 
 if __name__ == "__main__":

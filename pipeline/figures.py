@@ -124,3 +124,66 @@ def overlay(rgb: np.ndarray, saliency: np.ndarray, strength: float = 0.6) -> np.
     heat = colormap(HEAT)(saliency)[:, :, :3] * 255
     opacity = strength * (0.35 + 0.65 * saliency[:, :, None])
     return (grey * (1 - opacity) + heat * opacity + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def results_figure(
+    top: dict[str, tuple[np.ndarray, float]],
+    maps: list[dict[str, np.ndarray]],
+    note: str,
+    path: Path,
+    dpi: int = 120,
+) -> None:
+    """A row of pictures, and below it rows of maps, each with a colour bar of its own.
+
+    Args:
+        top: pictures (H, W, 3) uint8 by title, each with its height as a part of the row's.
+        maps: rows of maps (H, W) from 0 up by title, coloured by their square root up to their own largest value.
+        note: what the maps are, written above them.
+    """
+    figure = new_figure(RESULTS_WIDTH, 1)
+    figure.set_layout_engine("none")
+    sizes = [_sizes([(picture.shape, part) for picture, part in top.values()], MOST_HEIGHT)]
+    sizes += [_sizes([(values.shape, 1.0) for values in row.values()], MOST_HEIGHT / 2) for row in maps]
+    lines = [max(title.count("\n") + 1 for title in row) * LINE + TITLE_GAP for row in (top, *maps)]
+    bars = [0.0] + [BAR] * len(maps)
+    heights = [max(h for _, h in size) + line + bar for size, line, bar in zip(sizes, lines, bars, strict=True)]
+    heights[0] += LINE + GAP if maps else 0
+    total = sum(heights) + GAP * len(heights)
+    figure.set_size_inches(RESULTS_WIDTH, total)
+    y = total
+    for row, size, line, height in zip((top, *maps), sizes, lines, heights, strict=True):
+        x = GAP
+        for (title, picture), (w, h) in zip(row.items(), size, strict=True):
+            box = (x / RESULTS_WIDTH, (y - line - h) / total, w / RESULTS_WIDTH, h / total)
+            ax = figure.add_axes(box)
+            _draw_with_bar(figure, ax, picture, box, total) if row is not top else ax.imshow(picture[0])
+            ax.set_title(title, fontsize=TITLE_SIZE)
+            ax.set_axis_off()
+            x += w + GAP
+        y -= height + GAP
+        if row is top and maps:
+            figure.text(GAP / RESULTS_WIDTH, (y + GAP) / total, note, fontsize=TITLE_SIZE, fontstyle="italic")
+    save_figure(figure, path, dpi)
+
+
+RESULTS_WIDTH, MOST_HEIGHT, BAR = 13.0, 2.9, 0.3  # inches: of a figure of results, of its pictures, of a colour bar
+
+
+def _sizes(shapes: list[tuple[tuple[int, ...], float]], most: float) -> list[tuple[float, float]]:
+    """Widths and heights in inches that fill a row of pictures, none higher than `most`."""
+    aspects = [part * shape[1] / shape[0] for shape, part in shapes]
+    height = min(most, (RESULTS_WIDTH - GAP * (len(shapes) + 1)) / sum(aspects))
+    return [(height * aspect, height * part) for aspect, (_, part) in zip(aspects, shapes, strict=True)]
+
+
+def _draw_with_bar(figure: Any, ax: Any, values: np.ndarray, box: tuple[float, ...], total: float) -> None:
+    """A map coloured by its square root, and under it the colours of its values."""
+    largest = float(values.max()) or 1.0
+    image = ax.imshow(values, cmap=HEAT, norm=matplotlib().colors.PowerNorm(0.5, 0, largest))
+    bar = figure.add_axes((box[0], box[1] - 0.12 / total, box[2], 0.07 / total))
+    figure.colorbar(image, cax=bar, orientation="horizontal", ticks=[0, largest])
+    bar.set_xticklabels(["0", f"{largest:.3g}"], fontsize=7)
+    for label, side in zip(bar.get_xticklabels(), ("left", "right"), strict=True):
+        label.set_horizontalalignment(side)
+    bar.tick_params(length=0, pad=2)
+    bar.minorticks_off()

@@ -53,7 +53,7 @@ class Picture:
         from PIL import Image
 
         if self.pixels.ndim == 2:
-            return _encode(_heat_map(self.pixels), "PNG"), "png"
+            return _encode(heat_map(self.pixels), "PNG"), "png"
         image = Image.fromarray(self.pixels)
         image.thumbnail((MOST_SIDE, MOST_SIDE))
         if max(image.size) < 256:
@@ -72,11 +72,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Group:
-    """Pictures under a heading."""
+    """Pictures under a heading; `wide` ones stand below the tables, with more room for each."""
 
     title: str
     pictures: Sequence[Picture]
     note: str = ""
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _size(picture: Picture) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _heat_map(values: np.ndarray) -> Any:
+def heat_map(values: np.ndarray) -> Any:
     """Values (H, W) in 0…1 as a picture of 256 colours."""
     from PIL import Image
 

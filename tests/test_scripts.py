@@ -393,21 +393,32 @@ def test_user_mistakes_cost_one_line(tmp_path: Path) -> None:
         assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
-def test_pretrained_figure(tmp_path: Path) -> None:
+def test_pretrained_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The shipped checkpoints, on CPU, with random CNN weights so that nothing has to be downloaded."""
     image = tmp_path / "photo.png"
     Image.fromarray(make_photo(5, 120, 160)).convert("P").save(image)
     out = tmp_path / "out"
-    run_pretrained_model.main([str(image), "--weights", "random", "--iterations", "1", "--out", str(out)])
+    options = ["--weights", "random", "--iterations", "1", "--target", "fc8", "--out", str(out)]
+    run_pretrained_model.main([str(image), *options])
+    printed = capsys.readouterr().out
+    page = out / "report.html"
+    assert printed.index(str(page)) < printed.index("cnn-vlm ") < printed.rindex(str(page)), "the page, first and last"
+    assert "arguments:" not in printed
     assert np.load(out / "saliency" / "photo.npy").shape == (120, 160)
     assert (out / "figure.png").is_file()
     layers = load_vlm(run_pretrained_model.RECONSTRUCTION)[1]["layers"]
     assert len(layers) == 6
     for layer in layers:
         assert np.load(out / "unnaturalness" / f"alexnet-{layer}.npy").ndim == 2
-    for regularizer in ("vlm", "none"):
-        facts = json.loads((out / "reconstructions" / regularizer / "parameters.json").read_text())
-        assert facts["target"] == "fc8", "random weights are complete"
+    text = page.read_text(encoding="utf-8")
+    assert page.stat().st_size < 5_000_000 and "Not finished" not in text and "fc8, with language models" in text
+    for name, descent in {"vlm": "fourier", "none": "fourier", "authors": "authors"}.items():
+        facts = json.loads((out / "reconstructions" / name / "parameters.json").read_text())
+        assert (facts["target"], facts["descent"]) == ("fc8", descent)
+    told = [line.split("  ")[0] for line in (out / "README.txt").read_text(encoding="utf-8").splitlines()[2:]]
+    assert told and {path.name for path in out.iterdir() if not path.name.startswith(".")} - {"README.txt"} == {
+        name.split("/")[0] for name in told
+    }
 
 
 @pytest.mark.parametrize("name", ["alexnet", "vgg16"])

