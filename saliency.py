@@ -141,11 +141,12 @@ def report(path: Path, error: Exception) -> int:
 def load_detectors(
     checkpoints: Sequence[Path],
     layers: Sequence[str] | None,
-    postprocess: "Postprocess",
+    predictors: Sequence[str],
+    postprocess: "Sequence[Postprocess]",
     choice: networks.WeightsChoice,
     device: "torch.device",
 ) -> "list[Detector]":
-    """What gives the maps that are to be added: the layers of all checkpoints.
+    """What gives the maps that are to be added: the layers of all checkpoints, each with its predictor.
 
     Raises:
         UserError: a file or layer that is not there, or two maps of one name.
@@ -154,11 +155,12 @@ def load_detectors(
 
     loaded = {path: detector.Checkpoint.load(path, device) for path in dict.fromkeys(checkpoints)}
     chosen = detector.choose_layers({path: checkpoint.vlm.layers for path, checkpoint in loaded.items()}, layers)
-    readings = [
-        detector.Reading(f"{checkpoint.backbone}-{layer}", checkpoint, layer, postprocess=postprocess)
-        for path, checkpoint in loaded.items()
-        for layer in dict.fromkeys(chosen[path])
-    ]
+    readings = []
+    for path, predictor, finish in dict.fromkeys(zip(checkpoints, predictors, postprocess, strict=True)):
+        for layer in dict.fromkeys(chosen[path]):
+            control = "" if predictor == detector.LANGUAGE_MODEL else f"-{predictor}"
+            name = f"{loaded[path].backbone}-{layer}{control}"
+            readings.append(detector.Reading(name, loaded[path], layer, predictor, finish))
     names = [reading.name for reading in readings]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two checkpoints give a map of {twice[0]}: leave one out, or choose another --layer")
@@ -171,13 +173,18 @@ def main(argv: list[str] | None = None) -> int:
     device = networks.pick_device(args.device)
     out = args.out or args.root / "saliency"
     with distributed.group(device), artefacts.claim(out):
-        from pipeline.detector import Postprocess
+        from pipeline.detector import Postprocess, each
         from pipeline.images import list_images
 
         program.announce(args, device)
         checkpoints = args.vlm or [args.root / "vlm.safetensors"]
-        postprocess = Postprocess(args.postprocess, args.power, args.blur)
-        detectors = load_detectors(checkpoints, args.layer, postprocess, networks.WeightsChoice.of(args), device)
+        count = len(checkpoints)
+        finish = [
+            Postprocess(args.postprocess, power, blur, args.centre_prior)
+            for power, blur in zip(each(args.power, count, "--power"), each(args.blur, count, "--blur"), strict=True)
+        ]
+        predictors = each(args.predictor, count, "--predictor")
+        detectors = load_detectors(checkpoints, args.layer, predictors, finish, networks.WeightsChoice.of(args), device)
         of_readings = {name: detector.facts_of(name) for detector in detectors for name in detector.readings}
         suffixes = (*SUFFIXES, *(f"{UNNATURALNESS}-{name}" for name in of_readings))
         files, problems = list_images(args.inputs, suffixes)
@@ -186,6 +193,7 @@ def main(argv: list[str] | None = None) -> int:
             "maps": list(of_readings),
             **{f"{name} {key}": value for name, facts in of_readings.items() for key, value in facts.items()},
             **{key: getattr(args, key) for key in ("max_side", "power", "blur", "postprocess")},
+            **({"centre_prior": args.centre_prior} if args.centre_prior else {}),
         }
         mine, failed = dict(distributed.share(list(files.items()))), 0
         if distributed.rank() == 0:

@@ -13,11 +13,16 @@ SPECTRAL_SIZE = 64  # side of the image whose spectrum is taken, Hou & Zhang (20
 
 @dataclass(frozen=True)
 class Baseline:
-    """A row of the tables: `make` gives the map (H, W) of an image (H, W, 3) uint8; `always` without being asked."""
+    """A row of the tables; `always`: without being asked.
+
+    `make` gives the map (H, W) of an image (H, W, 3) uint8. Instead `predictor`, of the detector, may read the layer of
+    every model: a row beside each.
+    """
 
     about: str
-    make: Callable[[np.ndarray], np.ndarray]
+    make: Callable[[np.ndarray], np.ndarray] | None = None
     always: bool = False
+    predictor: str | None = None
 
 
 def centre_gaussian(height: int, width: int) -> np.ndarray:
@@ -74,5 +79,8 @@ BASELINES: dict[str, Baseline] = {
     ),
     "spectral-residual": Baseline("spectral residual (Hou & Zhang 2007), blur 0.03", spectral_residual, always=True),
     "spectral-residual-raw": Baseline("spectral residual without blur", lambda rgb: spectral_residual(rgb, blur=0)),
+    "feature-contrast": Baseline(
+        "Σ over channels of |F - blurred F|, as in DeepFeat (Mahdi, Qin & Crosby 2019)", predictor="feature-contrast"
+    ),
     "uniform": Baseline("a constant map: chance", lambda rgb: np.zeros(rgb.shape[:2])),
 }

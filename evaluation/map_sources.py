@@ -10,17 +10,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 
 from evaluation.baselines import BASELINES
 from models.errors import UserError
-from models.unnaturalness import added
 from pipeline import artefacts, networks
-from pipeline.detector import LANGUAGE_MODEL, Checkpoint, Detector, Postprocess, Reading, choose_layers
 from pipeline.images import open_image, output_name
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.detector import Detector, Postprocess, Reading
 
 PRETRAINED = Path(__file__).parent.parent / "models" / "pretrained"
 NOTHING, RANDOM = "predict-nothing", "random-cnn"
@@ -53,7 +55,8 @@ class Baselines:
 
     def __init__(self, names: Sequence[str]):
         always = [name for name, baseline in BASELINES.items() if baseline.always]
-        self.rows = {name: Row("baseline", BASELINES[name].about) for name in dict.fromkeys((*names, *always))}
+        made = [name for name in dict.fromkeys((*names, *always)) if BASELINES[name].make is not None]
+        self.rows = {name: Row("baseline", BASELINES[name].about) for name in made}
         self.facts = {"baselines": list(self.rows)}
 
     def maps(self, path: Path, rgb: np.ndarray) -> Maps:
@@ -137,7 +140,7 @@ class Models:
     mistaken; `fresh` computes them anew.
     """
 
-    detector: Detector
+    detector: "Detector"
     rows: dict[str, Row]
     cache: Path
     fresh: bool = False
@@ -147,11 +150,8 @@ class Models:
         """Of the CNN, and by row of what reads it and how its maps are post-processed."""
         rows = {}
         for name, reading in self.detector.readings.items():
-            finish = reading.postprocess
-            rows[name] = {
-                **{"layer": reading.layer, "predictor": reading.predictor, "vlm_sha256": reading.checkpoint.sha256},
-                **{"power": finish.power, "blur": finish.blur, "postprocess": finish.kind},
-            }
+            described = {"layer": reading.layer, "predictor": reading.predictor, **reading.postprocess.facts}
+            rows[name] = {**described, "vlm_sha256": reading.checkpoint.sha256}
         return {**self.detector.facts, "rows": rows}
 
     def maps(self, path: Path, rgb: np.ndarray) -> Maps:
@@ -193,7 +193,7 @@ class Added:
             raise UserError("there is one model only, nothing to add: give further checkpoints or layers")
         title = "+".join(titles)
         self.sums = {title: titles}
-        for control in (NOTHING, RANDOM):
+        for control in (name.removeprefix(f"{titles[0]}/") for name in self.rows[titles[0]].controls):
             self.sums[f"{title}/{control}"] = [f"{name}/{control}" for name in titles]
         first, *controls = self.sums
         self.rows[first] = Row("model", "the maps of these models, each scaled to 0…1, added", tuple(controls))
@@ -201,6 +201,8 @@ class Added:
 
     def maps(self, path: Path, rgb: np.ndarray) -> Maps:
         """The maps of all parts and the sums."""
+        from models.unnaturalness import added
+
         found = {name: values for part in self.parts for name, values in part.maps(path, rgb).items()}
         return found | {name: added(found[part] for part in parts) for name, parts in self.sums.items()}
 
@@ -215,54 +217,71 @@ def _load(path: Path) -> np.ndarray | None:
 def model_sources(
     checkpoints: Sequence[Path],
     layers: Sequence[str] | None,
-    postprocess: Postprocess,
+    predictors: Sequence[str],
+    postprocess: "Sequence[Postprocess]",
+    beside: Sequence[str],
     choice: networks.WeightsChoice,
-    device: torch.device,
+    device: "torch.device",
     cache: Path,
     fresh: bool,
 ) -> list[Models]:
-    """Every layer that is read of every checkpoint, and its two controls: a source for each CNN.
+    """Every layer that is read of every checkpoint, with its controls: two sources for each CNN.
 
     Controls: `predict-nothing` is the squared projected features under the same ramp, same CNN, same projection, same
     post-processing; `random-cnn` has He-initialised CNN weights, while projection and language model stay those of the
-    checkpoint, fitted to the trained CNN.
+    checkpoint, fitted to the trained CNN; and the predictors `beside`.
+
+    Args:
+        predictors, postprocess: of each checkpoint. One that is given twice, with two predictors, gives two models.
 
     Raises:
         UserError: a checkpoint, a layer or weights are missing.
     """
+    from pipeline.detector import LANGUAGE_MODEL, Checkpoint, Detector, Reading, choose_layers
+
     loaded = {path: Checkpoint.load(path, device) for path in dict.fromkeys(checkpoints)}
     chosen = choose_layers({path: checkpoint.vlm.layers for path, checkpoint in loaded.items()}, layers)
     taken: Counter[str] = Counter()
-    titles: dict[str, dict[str, tuple[Checkpoint, str]]] = {}  # by backbone and title
-    for path, checkpoint in loaded.items():
+    trained: dict[str, list[Reading]] = {}  # by backbone
+    random: dict[str, list[Reading]] = {}
+    for path, predictor, finish in dict.fromkeys(zip(checkpoints, predictors, postprocess, strict=True)):
+        checkpoint = loaded[path]
         for layer in chosen[path]:
-            title = f"{checkpoint.backbone}-{layer}"
+            title = f"{checkpoint.backbone}-{layer}{'' if predictor == LANGUAGE_MODEL else f'-{predictor}'}"
             taken[title] += 1
             title = title if taken[title] == 1 else f"{title}-{taken[title]}"
-            titles.setdefault(checkpoint.backbone, {})[title] = (checkpoint, layer)
+            named = {title: predictor} | {f"{title}/{name}": name for name in (NOTHING, *beside)}
+            trained.setdefault(checkpoint.backbone, []).extend(
+                Reading(name, checkpoint, layer, predicting, finish) for name, predicting in named.items()
+            )
+            random.setdefault(checkpoint.backbone, []).append(
+                Reading(f"{title}/{RANDOM}", checkpoint, layer, predictor, finish)
+            )
     found: list[Models] = []
-    for of_backbone in titles.values():
-        trained, random = [], []
-        for title, (checkpoint, layer) in of_backbone.items():
-            trained += [Reading(title, checkpoint, layer, LANGUAGE_MODEL, postprocess)]
-            trained += [Reading(f"{title}/{NOTHING}", checkpoint, layer, NOTHING, postprocess)]
-            random += [Reading(f"{title}/{RANDOM}", checkpoint, layer, LANGUAGE_MODEL, postprocess)]
-        for readings, weights in ((trained, choice), (random, replace(choice, weights="random"))):
-            detector = Detector.load(readings, weights, device)
-            rows = {reading.name: _row(reading, detector.source) for reading in readings}
+    for backbone, readings in trained.items():
+        for of_weights, weights in ((readings, choice), (random[backbone], replace(choice, weights="random"))):
+            detector = Detector.load(of_weights, weights, device)
+            rows = {reading.name: _row(reading, detector.source, beside) for reading in of_weights}
             found.append(Models(detector, rows, cache, fresh))
     return found
 
 
-def _row(reading: Reading, source: str) -> Row:
+def _row(reading: "Reading", source: str, beside: Sequence[str]) -> Row:
+    from pipeline.detector import LANGUAGE_MODEL
+
     about = f"{reading.checkpoint.path}, CNN weights: {source}"
-    if reading.name.endswith(f"/{RANDOM}"):
+    _, _, control = reading.name.partition("/")
+    if control == RANDOM:
         told = "projection and language model of the checkpoint as they are, on a CNN that was never trained"
         return Row("control", f"{told}; {about}")
-    if reading.predictor == NOTHING:
+    if control == NOTHING:
         return Row("control", f"energy of the projected features of {reading.layer}, nothing predicted; {about}")
-    controls = (f"{reading.name}/{NOTHING}", f"{reading.name}/{RANDOM}")
-    return Row("model", f"language model of {reading.layer} in {about}", controls)
+    if control:
+        return Row("control", f"{control} of {reading.layer}, no language model; {about}")
+    controls = tuple(f"{reading.name}/{name}" for name in (NOTHING, RANDOM, *beside))
+    if reading.predictor == LANGUAGE_MODEL:
+        return Row("model", f"language model of {reading.layer} in {about}", controls)
+    return Row("model", f"{reading.predictor} in place of the language model of {reading.layer} in {about}", controls)
 
 
 def shipped_checkpoints() -> list[Path]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evaluation.map_sources import choose_layers
 from models.errors import UserError
 from pipeline import artefacts, networks
 
@@ -100,6 +99,8 @@ def load_readers(
         wanted: layers, None for all.
         load: gives the network of a name for some layers, trained or random, and its weights' facts.
     """
+    from pipeline.detector import choose_layers  # torch, which --help does not wait for
+
     there = {path: list(vlm.layers) for path, (vlm, _) in checkpoints.items()}
     chosen = choose_layers(there, wanted) if wanted else there
     readers: list[Reader] = []

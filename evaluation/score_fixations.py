@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     device = networks.pick_device(args.device)
     with distributed.group(device), artefacts.claim(args.out):
         from evaluation import map_sources
-        from pipeline.detector import Postprocess
+        from pipeline.detector import Postprocess, each
 
         program.announce(args, device)
         places = (args.dataset, args.cache, args.stimuli, args.fixations, args.skip, args.limit)
@@ -97,9 +97,15 @@ def run(args: argparse.Namespace) -> int:
             """What the options name, the checkpoints that ship where they name nothing."""
             sources = map_sources.folders(args.maps, looks.images, looks.fixations.sizes)
             if checkpoints := args.vlm or ([] if args.maps or args.baseline else map_sources.shipped_checkpoints()):
-                finish, choice = Postprocess(args.postprocess, args.power, args.blur), networks.WeightsChoice.of(args)
+                count, choice = len(checkpoints), networks.WeightsChoice.of(args)
+                numbers = zip(each(args.power, count, "--power"), each(args.blur, count, "--blur"), strict=True)
+                finish = [Postprocess(args.postprocess, *pair, args.centre_prior) for pair in numbers]
+                predictors = each(args.predictor, count, "--predictor")
+                beside = [name for b in dict.fromkeys(args.baseline) if (name := BASELINES[b].predictor)]
                 found = map_sources.model_sources(
-                    checkpoints, args.layer, finish, choice, device, args.out / "maps", args.overwrite
+                    *(checkpoints, args.layer, predictors, finish, beside, choice, device),
+                    cache=args.out / "maps",
+                    fresh=args.overwrite,
                 )
                 sources += [map_sources.Added(found)] if args.add else found
             sources.append(map_sources.Baselines(args.baseline))
@@ -107,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
             return sources
 
         stated = {key: getattr(args, key) for key in ("power", "blur", "postprocess", "seed")}
+        stated |= {"centre_prior": args.centre_prior} if args.centre_prior else {}
         evaluate(distributed.together(open_sources), looks, args.out, stated, args.overwrite)
     return 0
 

@@ -15,6 +15,7 @@ from models.vlm import Predictor, VisualLanguageModel, layer_map
 
 POWER = 0.5  # original code
 BLUR = 0.03  # original code, of the image's height and width
+CONTRAST_BLUR = 0.1  # of the grid's height and width
 
 
 def layer_features(backbone: Backbone, rgb: np.ndarray, layers: Iterable[str]) -> dict[str, Tensor]:
@@ -48,6 +49,27 @@ def unnaturalness_map(
     features = layer_features(backbone, rgb, [layer])[layer]
     with torch.no_grad():
         return layer_map(vlm.projections[layer](features), predictors or vlm.layers[layer])[0].cpu().double().numpy()
+
+
+def feature_contrast(features: Tensor) -> Tensor:
+    """Σ over channels of |F - blurred F| of raw features (1, C, h, w): a map (1, h, w) without any language model.
+
+    The bottom-up part of DeepFeat (Mahdi, Qin & Crosby 2019), here of one layer.
+    """
+    values = features[0].cpu().numpy()
+    height, width = values.shape[1:]
+    blurred = gaussian_filter(values, (0, CONTRAST_BLUR * height, CONTRAST_BLUR * width))
+    return from_numpy(np.abs(values - blurred).sum(axis=0, dtype=np.float64))[None]
+
+
+def centred(saliency: np.ndarray, sigma: float) -> np.ndarray:
+    """A saliency map (H, W) times a Gaussian at its centre, its σ being `sigma` × the map's sides, scaled as it was.
+
+    differs from the paper: people look at the centre of photos whatever is there, which its maps do not count on.
+    """
+    vertical, horizontal = (np.exp(-0.5 * (((np.arange(n) + 0.5) / n - 0.5) / sigma) ** 2) for n in saliency.shape)
+    values = to_unit(saliency * np.outer(vertical, horizontal))
+    return (values * 255).astype(np.uint8) if saliency.dtype == np.uint8 else values
 
 
 def added(maps: Iterable[np.ndarray]) -> np.ndarray:

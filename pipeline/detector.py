@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,31 +19,52 @@ from pipeline import artefacts, networks
 LANGUAGE_MODEL = "vlm"
 
 
-def _trivial(name: str) -> Callable[[Tensor, LayerModel], Tensor]:
+@dataclass(frozen=True)
+class Seen:
+    """What a predictor may read of a layer: raw features (1, C, h, w), projected ones (1, D, h, w), the model."""
+
+    features: Tensor
+    projected: Tensor
+    model: LayerModel
+
+
+def _trivial(name: str) -> Callable[[Seen], Tensor]:
     predictors = dict.fromkeys(DIRECTIONS, TRIVIAL_PREDICTORS[name])
-    return lambda projected, _: layer_map(projected, predictors)
+    return lambda seen: layer_map(seen.projected, predictors)
 
 
-# What predicts a layer: (projected features (1, D, h, w), its language model) -> map (1, h-1, w-1). All but the first
-# are controls, which put a trivial predictor in the language model's place.
-PREDICTORS: dict[str, Callable[[Tensor, LayerModel], Tensor]] = {
-    LANGUAGE_MODEL: lambda projected, model: model.unnaturalness_map(projected),
+# What may give a layer's map (1, h', w'). All but the first are controls: a trivial predictor in the language model's
+# place, or none.
+PREDICTORS: dict[str, Callable[[Seen], Tensor]] = {
+    LANGUAGE_MODEL: lambda seen: seen.model.unnaturalness_map(seen.projected),
     **{name.replace(" ", "-"): _trivial(name) for name in TRIVIAL_PREDICTORS},
+    "feature-contrast": lambda seen: unnaturalness.feature_contrast(seen.features),
 }
 
 
 @dataclass(frozen=True)
 class Postprocess:
-    """How an unnaturalness map becomes a saliency map; `kind` is float or original, see `models.unnaturalness`."""
+    """How an unnaturalness map becomes a saliency map; `kind` is float or original, see `models.unnaturalness`.
+
+    `centre_prior` is σ, in the image's sides, of a Gaussian at its centre that the map is multiplied by; 0: none.
+    """
 
     kind: str = "float"
     power: float = unnaturalness.POWER
     blur: float = unnaturalness.BLUR
+    centre_prior: float = 0.0
 
     def __call__(self, raw: np.ndarray, height: int, width: int, stride: int) -> np.ndarray:
         """Map (h-1, w-1) -> (height, width), float64 in 0…1, or uint8 where `kind` is original."""
         finish = unnaturalness.postprocess_original if self.kind == "original" else unnaturalness.postprocess
-        return finish(raw, height, width, stride, self.power, self.blur)
+        saliency = finish(raw, height, width, stride, self.power, self.blur)
+        return unnaturalness.centred(saliency, self.centre_prior) if self.centre_prior else saliency
+
+    @property
+    def facts(self) -> artefacts.Facts:
+        """All of it; the prior only where there is one."""
+        prior = {"centre_prior": self.centre_prior} if self.centre_prior else {}
+        return {"power": self.power, "blur": self.blur, "postprocess": self.kind, **prior}
 
 
 @dataclass(frozen=True)
@@ -70,6 +92,10 @@ class Reading:
     layer: str
     predictor: str = LANGUAGE_MODEL
     postprocess: Postprocess = Postprocess()
+
+    def __post_init__(self) -> None:
+        if self.predictor not in PREDICTORS:
+            raise UserError(f"there is no predictor {self.predictor!r}: choose from {', '.join(PREDICTORS)}")
 
 
 @dataclass(frozen=True)
@@ -102,6 +128,8 @@ class Detector:
     def unnaturalness(self, rgb: np.ndarray, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """Map (h-1, w-1) float64 of an image (H, W, 3) uint8 for some readings (default: all), in one pass.
 
+        (h, w) where nothing is predicted from its neighbours, as by feature-contrast.
+
         Raises:
             UserError: the image is too small for a layer.
         """
@@ -114,7 +142,8 @@ class Detector:
                 vlm, key = reading.checkpoint.vlm, (reading.checkpoint.sha256, reading.layer)
                 if key not in projected:
                     projected[key] = vlm.projections[reading.layer](features[reading.layer])
-                raw = PREDICTORS[reading.predictor](projected[key], vlm.layers[reading.layer])
+                seen = Seen(features[reading.layer], projected[key], vlm.layers[reading.layer])
+                raw = PREDICTORS[reading.predictor](seen)
                 maps[reading.name] = raw[0].cpu().double().numpy()
         return maps
 
@@ -133,6 +162,18 @@ class Detector:
     def facts_of(self, name: str) -> artefacts.Facts:
         """All that determines a reading's maps, but the image and what its name says."""
         return {**self.facts, "vlm_sha256": self.readings[name].checkpoint.sha256}
+
+
+def each(values: Any, count: int, option: str) -> list[Any]:
+    """The values of an option for `count` checkpoints: one for all, or as many.
+
+    Raises:
+        UserError: another number.
+    """
+    values = values if isinstance(values, list) else [values]
+    if len(values) not in (1, count):
+        raise UserError(f"{option} has {len(values)} values for {count} checkpoints: give one, or one for each")
+    return values if len(values) == count else values * count
 
 
 def combined(maps: Sequence[np.ndarray]) -> np.ndarray:

@@ -238,10 +238,33 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class OneOrEach(argparse.Action):
+    """Keeps a single value as it is, several as a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        """See `argparse.Action`."""
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 def add_postprocess_options(parser: argparse.ArgumentParser) -> None:
     """Options that say how an unnaturalness map becomes a saliency map."""
-    parser.add_argument("--power", type=positive_number, help="that the map is raised to")
-    parser.add_argument("--blur", type=fraction, help="σ of the blur, of the image's sides")
+    each = {"nargs": "+", "action": OneOrEach}
+    parser.add_argument("--power", type=positive_number, **each, help="that the map is raised to; one for each --vlm")
+    parser.add_argument("--blur", type=fraction, **each, help="σ of the blur, of the image's sides; one for each --vlm")
+    parser.add_argument(
+        "--predictor",
+        **each,
+        default="vlm",
+        help="what gives the map: vlm, the language model, or instead predict-nothing (the energy of features), "
+        "repeat-last, feature-contrast; one for each --vlm (default: vlm)",
+    )
+    parser.add_argument(
+        "--centre-prior",
+        type=fraction,
+        default=0.0,
+        metavar="SIGMA",
+        help="multiply the map by a Gaussian at the image's centre, σ of its sides (default: none)",
+    )
     parser.add_argument(
         "--postprocess",
         choices=("float", "original"),

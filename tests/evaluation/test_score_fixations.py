@@ -20,7 +20,7 @@ from evaluation.fixations import image_sizes, read_csv, read_fixations
 from models.backbones import ARCHITECTURES, random_parameters
 from models.checkpoints import load_vlm
 from models.errors import UserError
-from models.unnaturalness import layer_features, postprocess, unnaturalness_map
+from models.unnaturalness import centred, layer_features, postprocess, unnaturalness_map
 from models.vlm import DIRECTIONS, predict_nothing
 from models.weights import load_backbone
 from pipeline.detector import choose_layers
@@ -399,3 +399,31 @@ def test_metric_data_set_and_baseline_are_added_in_one_entry(
     table = (out / "table.md").read_text()
     assert "| KLD " in table and "| Peak" in table and "| left " in table and "- left: left is salient" in table
     assert table in capsys.readouterr().out
+
+
+def test_options_of_each_checkpoint(
+    data: Path, workspace: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A language model with the energy of another map added, each with its own power and blur: both scripts agree."""
+    monkeypatch.setattr(score_fixations, "draw_examples", lambda *a: None)
+    vlm = str(workspace / "vlm.safetensors")
+    same = ["--vlm", vlm, vlm, "--layer", "conv5", "--weights", str(weights), "--centre-prior", "0.4"]
+    same += ["--predictor", "vlm", "predict-nothing", "--power", "0.5", "1", "--blur", "0.03", "0.02"]
+    evaluate.main(options(data, tmp_path / "out", *same, "--add", "--limit", 2, "--baseline", "feature-contrast"))
+    saliency.main([str(data / "stimuli" / "b.png"), *same, "--out", str(tmp_path / "maps")])
+    written = np.load(tmp_path / "maps" / "b.npy")
+    rgb = np.asarray(Image.open(data / "stimuli" / "b.png"))
+    loaded, trained = load_vlm(workspace / "vlm.safetensors")[0], load_backbone("alexnet", weights)[0]
+    nothing = unnaturalness_map(trained, loaded, rgb, "conv5", dict.fromkeys(DIRECTIONS, predict_nothing))
+    model = unnaturalness_map(trained, loaded, rgb, "conv5")
+    parts = [postprocess(model, 90, 130, 16, 0.5, 0.03), postprocess(nothing, 90, 130, 16, 1.0, 0.02)]
+    total = sum(centred(part, 0.4) for part in parts)
+    np.testing.assert_allclose(written, (total - total.min()) / np.ptp(total), atol=1e-4)
+    scores, title = read_scores(tmp_path / "out"), "alexnet-conv5+alexnet-conv5-predict-nothing"
+    found = fixation_metrics.nss(written, *looks(data, "b.png", limit=2))
+    assert scores[title]["b.png"]["nss"] == pytest.approx(found, abs=1e-4)
+    assert f"{title}/feature-contrast" in scores and "alexnet-conv5/feature-contrast" in scores
+    names = {p.name for p in (tmp_path / "maps").glob("*unnaturalness*.npy")}
+    assert names == {f"b-unnaturalness-alexnet-conv5{more}.npy" for more in ("", "-predict-nothing")}
+    with pytest.raises(UserError, match="--blur has 2 values for 1 checkpoints"):
+        saliency.main([str(data / "stimuli" / "b.png"), "--vlm", vlm, "--blur", "0.1", "0.2", "--out", str(tmp_path)])

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 
-from models.unnaturalness import layer_features, postprocess, unnaturalness_map
+from models.errors import UserError
+from models.unnaturalness import feature_contrast, layer_features, postprocess, unnaturalness_map
 from models.vlm import DIRECTIONS, predict_nothing, repeat_last
 from pipeline import detector, networks
 from tests.conftest import make_photo
@@ -39,3 +41,29 @@ def test_one_pass_gives_every_reading(workspace: Path, monkeypatch: pytest.Monke
     finished = found.saliency("conv5 again", maps["conv5 again"], 100, 120)
     np.testing.assert_array_equal(finished, postprocess(maps["conv5 again"], 100, 120, 16))
     assert list(found.unnaturalness(rgb, ["conv5 again"])) == ["conv5 again"] and list(passes[-1][2]) == ["conv5"]
+
+
+def test_feature_contrast_is_a_sum_over_channels() -> None:
+    features = torch.randn(1, 3, 12, 20, generator=torch.Generator().manual_seed(0))
+    expected = sum(np.abs(c - gaussian_filter(c, (1.2, 2))) for c in features[0].double().numpy())
+    np.testing.assert_allclose(feature_contrast(features)[0].numpy(), expected, rtol=1e-4)
+    assert not feature_contrast(torch.full((1, 2, 5, 6), 3.0)).numpy().round(5).any(), "constant features"
+
+
+@pytest.mark.parametrize("kind", ["float", "original"])
+def test_centre_prior_is_a_gaussian_of_the_sides(kind: str) -> None:
+    raw = np.random.default_rng(0).random((9, 14))
+    plain, centred = (detector.Postprocess(kind, 1.0, 0.05, prior)(raw, 160, 240, 16) for prior in (0.0, 0.3))
+    y, x = (np.arange(160) + 0.5) / 160 - 0.5, (np.arange(240) + 0.5) / 240 - 0.5
+    expected = plain * np.exp(-(y[:, None] ** 2 + x**2) / (2 * 0.3**2))
+    expected = (expected - expected.min()) / np.ptp(expected) * (255 if kind == "original" else 1)
+    assert centred.dtype == plain.dtype
+    np.testing.assert_allclose(centred, expected, atol=1 if kind == "original" else 1e-9)
+
+
+def test_one_value_for_all_checkpoints_or_one_for_each() -> None:
+    assert detector.each(0.5, 3, "--power") == [0.5] * 3 and detector.each([1, 2], 2, "--power") == [1, 2]
+    with pytest.raises(UserError, match="--power has 2 values for 3 checkpoints: give one, or one for each"):
+        detector.each([1, 2], 3, "--power")
+    with pytest.raises(UserError, match="no predictor 'best': choose from vlm, predict-nothing, repeat-last, feature"):
+        detector.Reading("a", None, "conv5", "best")
