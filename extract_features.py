@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
         others = ["data", *(reached if args.statistics is None else args.statistics)]
         path = folder / "projection.safetensors"
         noted = {**facts, "layers": layers, "statistics": sorted({*layers, *others})}
-        if distributed.first(lambda: artefacts.is_finished(path, noted, False)):
+        if distributed.first(lambda: artefacts.reuse(path, noted, False)):
             print(f"{path} is finished")
         else:
             statistics = collect_statistics(

@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         "seed": args.seed,
     }
     with artefacts.claim(out):
-        if artefacts.is_finished(out, facts, args.overwrite):
+        if artefacts.reuse(out, facts, args.overwrite):
             print(f"{out} is finished: nothing to do")
             return
         rejected = prepare(entries, out, workers=args.workers, strict=args.strict, facts=facts)

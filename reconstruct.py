@@ -31,12 +31,12 @@ def reconstruct(
     task: "Task", source: "Source", out: Path, facts: artefacts.Facts, restarts: int, every: int, overwrite: bool
 ) -> None:
     """All restarts of one input, and what they leave in `out`; nothing where that is finished."""
-    from pipeline.reconstruction import Restart, finish, is_finished, save
+    from pipeline.reconstruction import Restart, finish, reuse, save
     from pipeline.targets import read_source
 
     target, rgb, digest = read_source(source, task.backbone, task.objective.target)
     facts = {"input": source.name, "input_sha256": digest, **facts}
-    if is_finished(out, facts, overwrite):
+    if reuse(out, facts, overwrite):
         return
     loss, begun = task.loss(target), []
     try:

@@ -57,7 +57,7 @@ def make_maps(
         """The image (H, W, 3), or None where its maps stand."""
         check_file(images[name])
         described[name] = {**facts, "input_sha256": artefacts.file_sha256(images[name])}
-        if artefacts.is_finished(out / f"{name}.npy", described[name], overwrite):
+        if artefacts.reuse(out / f"{name}.npy", described[name], overwrite):
             return None
         rgb = limit_side(read_rgb(images[name]), max_side)
         for detector in detectors:

@@ -145,7 +145,8 @@ def get_parser() -> options.Parser:
         default=0,
         help="with --init: the place in the schedule where its weights stand; the momentum begins at zero",
     )
-    parser.add_argument("--cell", metavar="NAME", help="recurrent model of every direction, lstm or gru")
+    cell = options.entry_of("models.vlm", "CELLS")
+    parser.add_argument("--cell", type=cell, metavar="lstm|gru", help="recurrent model of every direction")
     parser.add_argument("--iterations", type=options.positive, help="updates")
     parser.add_argument("--batch-size", type=options.positive, help="images of an update")
     parser.add_argument(

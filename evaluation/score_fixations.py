@@ -138,7 +138,7 @@ def evaluate(
         "sources": text_sha256(json.dumps([source.facts for source in sources])),
         **stated,
     }
-    if distributed.first(lambda: artefacts.is_finished(out / "summary.json", facts, overwrite)):
+    if distributed.first(lambda: artefacts.reuse(out / "summary.json", facts, overwrite)):
         artefacts.discard(out / JOURNAL)
         print((out / "table.md").read_text(encoding="utf-8"))
         print(f"{out} is finished: nothing to do")

@@ -156,7 +156,7 @@ def evaluate(
         "readers": [reader.facts for reader in readers],
         "seed": seed,
     }
-    if distributed.first(lambda: artefacts.is_finished(out / "summary.json", facts, overwrite)):
+    if distributed.first(lambda: artefacts.reuse(out / "summary.json", facts, overwrite)):
         artefacts.discard(out / JOURNAL)
         print((out / "table.md").read_text(encoding="utf-8"))
         print(f"{out} is finished: nothing to do")

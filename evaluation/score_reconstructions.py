@@ -114,7 +114,7 @@ def evaluate(
         "classifier": classifier is not None,
         **{key: getattr(args, key) for key in ("grid", "seed")},
     }
-    if distributed.first(lambda: artefacts.is_finished(args.out / "summary.json", facts, args.overwrite)):
+    if distributed.first(lambda: artefacts.reuse(args.out / "summary.json", facts, args.overwrite)):
         print((args.out / "table.md").read_text(encoding="utf-8"))
         print(f"{args.out} is finished: nothing to do")
         return

@@ -250,26 +250,43 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
     ]
 
 
-def is_finished(artefact: Path, facts: Facts, overwrite: bool) -> bool:
-    """Whether an artefact with exactly these facts already stands.
-
-    With `overwrite`, or where it is unfinished, the old sidecar is removed, so that what follows cannot be
-    mistaken for it. What an earlier run left half-written goes with `overwrite`, and beside a finished artefact.
+def is_finished(artefact: Path, facts: Facts) -> bool:
+    """Whether an artefact with exactly these facts stands.
 
     Raises:
         UserError: a finished artefact with other facts stands there.
     """
-    sidecar = sidecar_path(artefact)
-    if overwrite:
-        discard_partial(artefact)
-    if overwrite or not artefact.is_file() or not sidecar.is_file():
-        sidecar.unlink(missing_ok=True)
+    if not artefact.is_file() or not sidecar_path(artefact).is_file():
         return False
-    found = read_json(sidecar)
+    found = read_json(sidecar_path(artefact))
     if changed := differences(found if isinstance(found, dict) else {}, facts):
         raise UserError(f"{artefact} was made otherwise ({'; '.join(changed)}): use --overwrite or another folder")
-    discard_partial(artefact)
     return True
+
+
+def reuse(artefact: Path, facts: Facts, overwrite: bool) -> bool:
+    """Whether an artefact with exactly these facts can be used again; if not, the way is clear to make it.
+
+    With `overwrite` nothing that stands there is used. Beside a finished artefact what an earlier run left
+    half-written is removed; where one is to be made without `overwrite` it stays, to go on from.
+
+    Raises:
+        UserError: as `is_finished`.
+    """
+    if overwrite:
+        withdraw(artefact)
+        return False
+    if is_finished(artefact, facts):
+        discard_partial(artefact)
+        return True
+    sidecar_path(artefact).unlink(missing_ok=True)
+    return False
+
+
+def withdraw(artefact: Path) -> None:
+    """Declare an artefact unfinished, so that what follows cannot be mistaken for it; half-written parts go too."""
+    discard_partial(artefact)
+    sidecar_path(artefact).unlink(missing_ok=True)
 
 
 def discard_partial(artefact: Path) -> None:

@@ -168,16 +168,14 @@ def feature_facts(
 
 def unfinished(folder: Path, facts: Mapping[str, artefacts.Facts]) -> dict[str, artefacts.Facts]:
     """Those facts, by layer, whose features do not stand in a folder yet."""
-    return {
-        name: f for name, f in facts.items() if not artefacts.is_finished(folder / f"{name}.npy", f, overwrite=False)
-    }
+    return {name: f for name, f in facts.items() if not artefacts.reuse(folder / f"{name}.npy", f, overwrite=False)}
 
 
 def clear(folder: Path, layers: Sequence[str]) -> None:
     """Declare the projection and the features of some layers unfinished, and drop every state."""
     artefacts.discard(folder / STATE)
     for name in ("projection.safetensors", *(f"{layer}.npy" for layer in layers)):
-        artefacts.is_finished(folder / name, {}, overwrite=True)
+        artefacts.withdraw(folder / name)
 
 
 class FeatureFiles:

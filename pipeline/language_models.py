@@ -26,13 +26,11 @@ def build_model(
     """A model with the projections of stage 2 and freshly drawn weights, every layer of one kind of `models.vlm.CELLS`.
 
     Raises:
-        UserError: there is no such kind, or a projection does not fit together.
+        UserError: a projection does not fit together.
     """
     from models.checkpoints import take_projection, take_statistics
-    from models.vlm import CELLS, VisualLanguageModel
+    from models.vlm import VisualLanguageModel
 
-    if cell not in CELLS:
-        raise UserError(f"there is no recurrent model {cell!r}: choose from {', '.join(CELLS)}")
     tensors, source = dict(tensors), "projection.safetensors"
     projections = {layer: take_projection(tensors, layer, source) for layer in layers}
     vlm = VisualLanguageModel(projections, take_statistics(tensors, source), dict.fromkeys(layers, cell))

@@ -315,13 +315,13 @@ def finish(out: Path, restarts: list[Restart], facts: artefacts.Facts) -> None:
     print(f"{out}/reconstruction.png: {terms}")
 
 
-def is_finished(out: Path, facts: artefacts.Facts, overwrite: bool) -> bool:
+def reuse(out: Path, facts: artefacts.Facts, overwrite: bool) -> bool:
     """Whether `out` holds the result of these facts; says so.
 
     Raises:
         UserError: it holds that of others.
     """
-    if not artefacts.is_finished(out / "reconstruction.npy", facts, overwrite):
+    if not artefacts.reuse(out / "reconstruction.npy", facts, overwrite):
         return False
     for state in out.glob("restart-*.state.safetensors*"):  # killed just before it removed them
         state.unlink()

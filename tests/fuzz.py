@@ -129,7 +129,7 @@ def fuzz_metadata(data: bytes) -> None:
         path.write_bytes(ARRAY)
         found = refused(artefacts.open_array, path, "it")
         assert found is None or (found[0].shape == (2, 3) and isinstance(found[1], dict))
-        refused(artefacts.is_finished, path, FACTS, False)
+        refused(artefacts.reuse, path, FACTS, False)
     elif kind in b"1":
         artefacts.sidecar_path(path).write_text(json.dumps({"shape": [2, 3], "dtype": "float32"}))
         path.write_bytes(data)

@@ -436,3 +436,18 @@ def test_spoiled_state_of_the_statistics(how: str, root: Path, capsys: pytest.Ca
     (root / "features" / features.STATE).write_bytes(content)
     assert "is damaged" in refusal(extract_features, command(extract_features, root), capsys)
     assert not executed.exists()
+
+
+def test_asking_whether_an_artefact_is_finished_changes_nothing(tmp_path: Path) -> None:
+    """What clears the way says so by its name: `reuse`, `withdraw`."""
+    path, facts = tmp_path / "x.npy", {"seed": 3}
+    artefacts.write_array(path, np.ones(2))
+    Path(f"{path}.partial").touch()
+    artefacts.write_json(artefacts.sidecar_path(path), facts)
+    before = sorted(tmp_path.iterdir())
+    assert artefacts.is_finished(path, facts) and not artefacts.is_finished(tmp_path / "y.npy", facts)
+    with pytest.raises(UserError, match="seed is 3, not 4"):
+        artefacts.is_finished(path, {"seed": 4})
+    assert sorted(tmp_path.iterdir()) == before
+    assert artefacts.reuse(path, facts, False) and not Path(f"{path}.partial").exists()
+    assert not artefacts.reuse(path, facts, True) and not artefacts.is_finished(path, facts) and path.is_file()
