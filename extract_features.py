@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from pipeline.tap_statistics import TapStatistics
 
 PROJECTED_AT_ONCE = 4  # images; what is projected is still in the processor's cache
-RECONSTRUCTION_TARGETS = ("pool5", "fc6", "fc7", "fc8")
 
 
 def collect_statistics(
@@ -149,7 +148,7 @@ def get_parser() -> options.Parser:
         nargs="*",
         metavar="TAP",
         help="further taps whose mean and std are measured, as targets of reconstruction "
-        f"(default: those of {', '.join(RECONSTRUCTION_TARGETS)} that the weights reach)",
+        "(default: those behind the deepest layer that the weights reach)",
     )
     parser.add_argument("--dtype", choices=("float32", "float16"), help="of the features; float16 halves the files")
     parser.add_argument("--batch-size", type=options.positive, help="images per forward pass")
@@ -201,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         if args.overwrite:  # all, before any is made: what is killed in between leaves nothing that looks whole
             distributed.first(lambda: clear(folder, layers))
-        reached = [tap for tap in RECONSTRUCTION_TARGETS if tap in backbone.available_taps]
+        reached = [tap for tap in backbone.architecture.targets if tap in backbone.available_taps]
         others = ["data", *(reached if args.statistics is None else args.statistics)]
         path = folder / "projection.safetensors"
         noted = {**facts, "layers": layers, "statistics": sorted({*layers, *others})}

@@ -78,7 +78,7 @@ def print_plan(args: argparse.Namespace) -> None:
     """Every stage's commands, every value that they will use with its source, and what the stage will cost."""
     import importlib
 
-    from models.backbones import ARCHITECTURES
+    from models.backbones import find_architecture
     from models.objective import descent_for
     from pipeline import plan
 
@@ -87,7 +87,7 @@ def print_plan(args: argparse.Namespace) -> None:
         parser = importlib.import_module(stage).get_parser()
         used[stage] = [(argv, options.parse_args(parser, argv, stage)) for argv in commands]
     first = {stage: parsed[0][1] for stage, parsed in used.items()}
-    architecture = ARCHITECTURES[first["extract_features"].backbone]
+    architecture = find_architecture(first["extract_features"].backbone)
     layers = args.layers or list(architecture.vlm_layers)
     images = first["prepare_images"].num_images or plan.PAPER_IMAGES
     costs = plan.costs(

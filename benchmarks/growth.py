@@ -59,7 +59,7 @@ def saliency(setup: Setup) -> list[Report]:
         maps[area] = lambda rgb=rgb: unnaturalness_map(backbone, vlm, rgb, layer)
         finishes[area] = lambda raw=raw, side=side: postprocess(raw, side, side, architecture.stride(layer))
         models = plan.predicted(h, w) * plan.SEQUENCE_FLOPS * size * size
-        flops[area] = plan.cnn_flops(architecture, layer, side, side) + models
+        flops[area] = architecture.flops(layer, side, side) + models
         blurs[area] = 4 * area * (2 * int(4 * BLUR * side + 0.5) + 1)  # both passes of the Gaussian, cut off at 4 σ
     return [
         fit("unnaturalness map in the image's area", flops, maps, setup),

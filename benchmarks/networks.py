@@ -3,13 +3,13 @@
 import torch
 
 from benchmarks.timing import SEED, Setup
-from models.backbones import ARCHITECTURES, Backbone
+from models.backbones import Backbone, find_architecture
 from models.projection import Projection
 
 
 def make_backbone(name: str, upto: str, setup: Setup) -> Backbone:
     """Convolutions up to a tap, He-initialised."""
-    architecture = ARCHITECTURES[name]
+    architecture = find_architecture(name)
     generator = torch.Generator().manual_seed(SEED)
     parameters = {}
     for parameter, shape in architecture.parameter_shapes(upto).items():

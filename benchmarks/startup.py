@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 BACKBONES = ("alexnet", "vgg16")
 LOADING = """
 import time
-import models.weights, models.checkpoints
+import models.weights.find, models.checkpoints
 began = time.perf_counter()
 models.checkpoints.load_vlm(models.checkpoints.Path("models/pretrained/{name}.safetensors"))
-models.weights.load_backbone("{name}", {weights!r}, layers=["{layer}"], download=False)
+models.weights.find.load_backbone("{name}", {weights!r}, layers=["{layer}"], download=False)
 print(time.perf_counter() - began)
 """
 LAYERS = {"alexnet": "conv5", "vgg16": "conv5_3"}

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from models.backbones import ARCHITECTURES
+from models.backbones import find_architecture
 from models.errors import UserError
 from models.projection import Projection
 from models.vlm import CELLS, PAPER_CELL, LayerModel, VisualLanguageModel
@@ -224,9 +224,10 @@ def _cells(training: Mapping[str, Mapping[str, Any]], path: Path) -> dict[str, s
 
 def check_channels(channels: Mapping[str, int], backbone: str, path: Path) -> None:
     """Raise a UserError if a tap that `path` describes is not the backbone's; one that is unknown is refused later."""
-    if backbone not in ARCHITECTURES:
+    try:
+        architecture = find_architecture(backbone)
+    except UserError:
         return
-    architecture = ARCHITECTURES[backbone]
     for tap, found in channels.items():
         if tap not in architecture.taps:
             raise UserError(f"{path} describes {tap!r:.80}, which {backbone} has not: give another file")

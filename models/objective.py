@@ -23,7 +23,8 @@ def default_layer_weights(architecture: Architecture) -> dict[str, float]:
 
     The paper's code gives these for AlexNet; for VGG they are carried over by depth.
     """
-    return {layer: 10.0**-depth for depth, layer in enumerate(architecture.vlm_layers[1:])}
+    layers = [layer for layer in architecture.vlm_layers if layer != "data"]
+    return {layer: 10.0**-depth for depth, layer in enumerate(layers)}
 
 
 def feature_loss(feature: Tensor, target: Tensor, std: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from models.errors import UserError
 from models.vlm import Predictor, VisualLanguageModel, layer_map
 
 POWER = 0.5  # original code
+Stride = int | tuple[int, int]  # input pixels between neighbours of a grid; of rows and columns where they differ
 BLUR = 0.03  # original code, of the image's height and width
 CONTRAST_BLUR = 0.1  # of the grid's height and width
 
@@ -81,12 +82,13 @@ def added(maps: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def postprocess(
-    unnaturalness: np.ndarray, height: int, width: int, stride: int, power: float = POWER, blur: float = BLUR
+    unnaturalness: np.ndarray, height: int, width: int, stride: Stride, power: float = POWER, blur: float = BLUR
 ) -> np.ndarray:
     """Saliency map (height, width) float64 in 0…1 from an unnaturalness map (h, w).
 
-    Power, scaling to 0…1, bilinear enlargement by the layer's stride, zero padding around the centre, Gaussian blur
-    of `blur` times the image's sides, scaling: `postprocess_original` without its rounding to bytes.
+    Power, scaling to 0…1, bilinear enlargement by the layer's stride, zero padding around the centre whatever the
+    padding of the network's convolutions, Gaussian blur of `blur` times the image's sides, scaling:
+    `postprocess_original` without its rounding to bytes.
     """
     values = to_unit(powered(unnaturalness, power))
     enlarged = F.interpolate(from_numpy(values)[None, None], scale_factor=stride, mode="bilinear")[0, 0].numpy()
@@ -94,14 +96,15 @@ def postprocess(
 
 
 def postprocess_original(
-    unnaturalness: np.ndarray, height: int, width: int, stride: int, power: float = POWER, blur: float = BLUR
+    unnaturalness: np.ndarray, height: int, width: int, stride: Stride, power: float = POWER, blur: float = BLUR
 ) -> np.ndarray:
     """The same byte for byte as the original code: (height, width) uint8.
 
     There the map is scaled to bytes before it is enlarged, in 8-bit arithmetic, and the result is truncated to bytes.
     """
     small = to_bytes(powered(unnaturalness, power))
-    size = (small.shape[1] * stride, small.shape[0] * stride)
+    rows, columns = (stride, stride) if isinstance(stride, int) else stride
+    size = (small.shape[1] * columns, small.shape[0] * rows)
     enlarged = np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BILINEAR))
     blurred = blur_to_image(pad_to(enlarged, height, width).astype(np.float64), blur)
     return (to_unit(blurred) * 255).astype(np.uint8)

@@ -38,7 +38,7 @@ def load_backbone(
 
     `layers` are the taps that will be read: they decide whether convolutions alone are enough.
     """
-    from models.weights import load_backbone
+    from models.weights.find import load_backbone
 
     with Progress(None, "weights", "B") as progress:
         backbone, weights = load_backbone(

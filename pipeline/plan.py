@@ -4,10 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from models.backbones import Architecture, Backbone
+from models.backbones import Architecture
 from models.objective import default_layer_weights, descent_for
 from models.training import default_decays, share_of_rate
 from pipeline.presets import CARRIED, CODE, OURS, PRESETS, Setting
@@ -82,14 +79,6 @@ def rules(stage: str, architecture: Architecture, target: str) -> list[Setting]:
     }[stage]
 
 
-def cnn_flops(architecture: Architecture, layer: str, height: int, width: int) -> float:
-    """Floating-point operations of one image from the input to a tap, counted in a pass without data."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        parameters = {name: torch.empty(shape) for name, shape in architecture.parameter_shapes(layer).items()}
-        Backbone(architecture, parameters).to("meta")(torch.empty(1, 3, height, width), [layer])
-    return counter.get_total_flops()
-
-
 def layer_size(architecture: Architecture, layer: str) -> tuple[int, int, int]:
     """Grid and kept components (H, W, D) of a layer of training images."""
     return (*architecture.grid(layer, *architecture.crop), (architecture.channels(layer) + 1) // 2)
@@ -125,7 +114,7 @@ def costs(
     sizes = [layer_size(architecture, layer) for layer in layers]
     features = sum(h * w * d for h, w, d in sizes) * itemsize
     parameters = 4 * sum(4 * (17 * d * d + 9 * d) for _, _, d in sizes)  # bytes of the four directions'
-    forward = cnn_flops(architecture, architecture.taps[-1], *architecture.crop)
+    forward = architecture.flops(architecture.taps[-1], *architecture.crop)
     samples = pca_positions * sum(architecture.channels(layer) for layer in layers) * 4
     activations = 64 * sum(h * w * d for h, w, d in sizes) * 4  # gates, cells, states of four directions
     update = update_flops(architecture, layers, batch)

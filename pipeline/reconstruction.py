@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.backbones import ARCHITECTURES, Backbone
+from models.backbones import Backbone, find_architecture
 from models.checkpoints import AFRESH, check_state, read_state, write_tensors
 from models.descent import OPTIMIZERS, STARTS, Descent, Image, MomentumSGD, Schedule
 from models.errors import UserError
@@ -80,7 +80,7 @@ def choose_layer_weights(
     backbone: str, trained: list[str], layers: list[str] | None, weights: list[float] | None
 ) -> dict[str, float]:
     """λ of each layer's language model: the default, or of the `layers` asked for, in order."""
-    default = default_layer_weights(ARCHITECTURES[backbone])
+    default = default_layer_weights(find_architecture(backbone))
     if not layers:
         return default
     unknown = [layer for layer in layers if layer not in trained]

@@ -26,10 +26,11 @@ import torch  # not to be instrumented
 
 with atheris.instrument_imports(include=["models", "pipeline", "numpy.lib", "train_vlm"]):
     from evaluation import fixations
-    from models import checkpoints, weights
+    from models import checkpoints
     from models.backbones import ARCHITECTURES
     from models.errors import UserError
     from models.weights import caffe
+    from models.weights.read import read_weights
     from pipeline import artefacts
     from pipeline.features import open_features
     from pipeline.targets import read_statistics
@@ -160,16 +161,10 @@ def fuzz_metadata(data: bytes) -> None:
 
 
 def fuzz_pickles(data: bytes) -> None:
-    """Weights of any kind: dicts of arrays, no more memory than the file times a little."""
+    """Weights of any kind: parameters of the network, or refused."""
     path = FOLDER / "weights"
     path.write_bytes(data)
-    found = refused(weights.load_package_pickle, path)
-    arrays = list((found or {}).values())
-    while arrays:
-        value = arrays.pop()
-        arrays += value.values() if isinstance(value, dict) else []
-        assert not isinstance(value, np.ndarray) or value.nbytes <= len(data)
-    found = refused(weights.read_weights, path, TINY)
+    found = refused(read_weights, path, TINY)
     assert found is None or found.keys() <= TINY.parameter_shapes().keys()
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from torch import nn
 
 import evaluate
 import extract_features
@@ -28,24 +29,24 @@ import train_vlm
 from evaluation import classifier, fixation_metrics, map_sources, score_fixations, tables  # noqa: F401 (imported before the fork)  # noqa: F401
 from models import checkpoints, descent, training, vlm  # noqa: F401 (imported before the fork)
 from models import unnaturalness as maps  # noqa: F401
-from models.backbones import ARCHITECTURES, Architecture, Conv, Linear, MaxPool, ReLU
+from models.backbones import ARCHITECTURES, chain, named
 from pipeline import artefacts, features, figures, program  # noqa: F401
 
 STAGES = {m.__name__: m for m in (prepare_images, extract_features, train_vlm, reconstruct, saliency, evaluate)}
 matplotlib.colormaps.get_cmap(figures.HEAT)  # a first time
-TINY = Architecture(
+TINY = chain(
     "tiny",
-    (
-        Conv("conv1", 3, 6, 3, stride=2),
-        ReLU("relu1"),
-        Conv("conv2", 6, 20, 3),
-        ReLU("relu2"),
-        MaxPool("pool2", 3, 3),
-        Linear("fc3", 20 * 3 * 3, 5),
+    lambda: named(
+        conv1=nn.Conv2d(3, 6, 3, stride=2),
+        relu1=nn.ReLU(),
+        conv2=nn.Conv2d(6, 20, 3),
+        relu2=nn.ReLU(),
+        pool2=nn.MaxPool2d(3, 3),
+        flatten=nn.Flatten(),
+        fc3=nn.Linear(20 * 3 * 3, 5),
     ),
     vlm_layers=("data", "conv1", "conv2"),
     crop=(24, 24),
-    bgr=False,
     mean=(120.0, 110.0, 100.0),
     scale=(60.0, 60.0, 60.0),
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from models.errors import UserError
+from models.weights.contents import other_kind
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 NET_LAYERS, NET_LAYER = 2, 100  # of NetParameter: the older and the newer list of layers
@@ -25,16 +26,6 @@ MAX_DIMENSIONS = 32  # as Caffe
 MAX_COUNT = 2**31 - 1  # values of a blob, as Caffe
 MAX_FIELD = 2**29 - 1
 MAX_FIELDS = 100_000  # in one file; the largest networks have some ten thousand. Bounds time and memory
-OTHER_FILES = {
-    b"\xff\xd8\xff": "a JPEG image",
-    b"\x89PNG": "a PNG image",
-    b"\x89HDF": "an HDF5 file",
-    b"PK\x03\x04": "a zip archive or torch file",
-    b"\x1f\x8b": "a gzip archive",
-    b"\x80": "a pickle",
-    b"<": "a web page",
-    b"version https://git-lfs": "a Git LFS pointer",
-}
 
 
 class _Malformed(Exception):
@@ -216,13 +207,14 @@ def _open(path: Path) -> memoryview:
 
 
 def _refusal(
-    path: Path, data: memoryview, kind: str, error: _Malformed, layer: str = "", option: str = ""
+    path: Path, data: memoryview, what: str, error: _Malformed, layer: str = "", option: str = ""
 ) -> UserError:
-    head = bytes(data[:64])
-    other = next((f" but {name}" for magic, name in OTHER_FILES.items() if head.startswith(magic)), "")
+    head = bytes(data[:256])
+    kind = other_kind(head)
+    other = f" but {kind}" if kind else ""
     where = f", layer {layer!r}" if layer else ""
     return UserError(
-        f"{path} is no whole {kind}{other}{where}: {error}; download it again or give another file{option}"
+        f"{path} is no whole {what}{other}{where}: {error}; download it again or give another file{option}"
     )
 
 

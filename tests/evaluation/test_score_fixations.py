@@ -22,7 +22,7 @@ from models.checkpoints import load_vlm
 from models.errors import UserError
 from models.unnaturalness import centred, layer_features, postprocess, unnaturalness_map
 from models.vlm import DIRECTIONS, predict_nothing
-from models.weights import load_backbone
+from models.weights.find import load_backbone
 from pipeline.detector import choose_layers
 from tests.conftest import make_photo
 

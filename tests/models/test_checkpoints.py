@@ -21,7 +21,7 @@ from models.descent import Adam, Pixels
 from models.errors import UserError
 from models.projection import Projection
 from models.vlm import VisualLanguageModel
-from models.weights import read_weights
+from models.weights.read import read_weights
 from pipeline import reconstruction, targets
 from pipeline.features import Features, Provenance
 from pipeline.language_models import build_model

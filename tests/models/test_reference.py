@@ -9,20 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 import extract_features
 from models import unnaturalness
-from models.backbones import (
-    ARCHITECTURES,
-    Architecture,
-    Backbone,
-    Conv,
-    Linear,
-    LocalResponseNorm,
-    MaxPool,
-    ReLU,
-    centre_crop,
-)
+from models.backbones import ARCHITECTURES, Architecture, Backbone, centre_crop, chain, named
 from models.descent import MomentumSGD, Pixels, Schedule, descend
 from models.fused_lstm import fused_lstm
 from models.objective import ReconstructionLoss
@@ -231,12 +222,10 @@ def test_sgd(dtype: torch.dtype, roundings: int) -> None:
 
 def test_small_layers() -> None:
     v = load("small_layers")
-    convolution = Conv("c", 4, 6, 3, groups=2)
-    tiny = Architecture("tiny", (LocalResponseNorm("n"), convolution), (), (1, 1), True, (0, 0, 0), (1, 1, 1))
-    backbone = Backbone(tiny, {"c.weight": torch.zeros(6, 2, 3, 3), "c.bias": torch.zeros(6)})
-    assert_close(backbone._run(LocalResponseNorm("n"), tensor(v["lrn_x"]).double()), v["lrn_out"])
-    for key, window, stride in (("pool_3_2", 3, 2), ("pool_2_2", 2, 2)):
-        assert_close(backbone._run(MaxPool("p", window, stride), tensor(v["pool_x"])), v[key], 0)
+    alexnet, vgg = (ARCHITECTURES[name].skeleton for name in ("alexnet_caffe", "vgg19_caffe"))
+    assert_close(alexnet.norm1(tensor(v["lrn_x"]).double()), v["lrn_out"])
+    assert_close(alexnet.pool1(tensor(v["pool_x"])), v["pool_3_2"], 0)
+    assert_close(vgg.pool1(tensor(v["pool_x"])), v["pool_2_2"], 0)
     grouped = [tensor(v[key]).double() for key in ("gconv_x", "gconv_W_caffe", "gconv_b")]
     assert_close(F.conv2d(*grouped, padding=(1, 2), groups=2), v["gconv_same"])
     assert_close(F.conv2d(*grouped, stride=2, groups=2), v["gconv_valid_stride2"])
@@ -256,10 +245,13 @@ def seeded_parameters(architecture: Architecture, seed: int) -> dict[str, torch.
     return parameters
 
 
-def with_small_ends(architecture: Architecture, inputs: int) -> Architecture:
-    sizes = {"fc6": (inputs, 64), "fc7": (64, 64), "fc8": (64, 10)}
-    operations = tuple(Linear(o.name, *sizes[o.name]) if o.name in sizes else o for o in architecture.operations)
-    return dataclasses.replace(architecture, operations=operations)
+def with_small_ends(architecture: Architecture, inputs: int, side: int) -> Architecture:
+    def build() -> nn.Sequential:
+        network = architecture.build()
+        network.fc6, network.fc7, network.fc8 = nn.Linear(inputs, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+        return network
+
+    return dataclasses.replace(architecture, build=build, crop=(side, side))
 
 
 @pytest.mark.parametrize(
@@ -267,13 +259,13 @@ def with_small_ends(architecture: Architecture, inputs: int) -> Architecture:
 )
 def test_network(name: str, file: str, inputs: int) -> None:
     vectors = load(file)
-    architecture = with_small_ends(ARCHITECTURES[name], inputs)
     weights_seed, input_seed, side = (401, 404, 227) if file == "alexnet" else (411, 412, 64)
+    architecture = with_small_ends(ARCHITECTURES[name], inputs, side)
     backbone = Backbone(architecture, seeded_parameters(architecture, weights_seed)).double()
     x = torch.from_numpy((np.random.RandomState(input_seed).randn(1, 3, side, side) * 60).astype(np.float32)).double()
     x.requires_grad_()
     layers = [key.removesuffix("_shape") for key in vectors if key.endswith("_shape") and "prob" not in key]
-    layers = [layer for layer in layers if layer in {o.name for o in architecture.operations}]
+    layers = [layer for layer in layers if layer in dict(architecture.skeleton.named_children())]
     assert len(layers) >= 10
     for layer, values in backbone(x, layers).items():
         full = values.detach().reshape(vectors[f"{layer}_shape"].tolist())
@@ -290,18 +282,21 @@ def test_network(name: str, file: str, inputs: int) -> None:
 
 def tiny_backbone(vectors: dict, mean: bool = True) -> Backbone:
     """The small network of the vectors `pca` and `reconstruct`."""
-    operations = (
-        Conv("conv1", 3, 6, 3, padding=1),
-        ReLU("relu1"),
-        LocalResponseNorm("norm1"),
-        MaxPool("pool1", 3, 2),
-        Conv("conv2", 6, 8, 3, padding=1, groups=2),
-        ReLU("relu2"),
-        Linear("fc8", 200, 10),
-    )
-    architecture = Architecture(
-        "tiny", operations, ("data", "conv1", "conv2"), (11, 12), True, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    )
+
+    def build() -> nn.Sequential:
+        return named(
+            conv1=nn.Conv2d(3, 6, 3, padding=1),
+            relu1=nn.ReLU(),
+            norm1=nn.LocalResponseNorm(5),
+            pool1=nn.MaxPool2d(3, 2),
+            conv2=nn.Conv2d(6, 8, 3, padding=1, groups=2),
+            relu2=nn.ReLU(),
+            flatten=nn.Flatten(),
+            fc8=nn.Linear(200, 10),
+        )
+
+    pixels = {"bgr": True, "mean_image": True, "mean": (0.0, 0.0, 0.0), "scale": (1.0, 1.0, 1.0)}
+    architecture = chain("tiny", build, ("data", "conv1", "conv2"), crop=(11, 12), **pixels)
     parameters = {
         f"{layer}.{kind}": tensor(vectors[f"{layer}_{letter}"])
         for layer in ("conv1", "conv2", "fc8")
@@ -413,7 +408,8 @@ def test_saliency_postprocessing_byte_for_byte(case: str) -> None:
 
 
 def bgr_backbone(mean: np.ndarray) -> Backbone:
-    architecture = Architecture("io", (), (), (1, 1), True, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    zero, one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    architecture = chain("io", named, (), crop=(1, 1), mean=zero, scale=one, bgr=True, mean_image=True)
     return Backbone(architecture, {}, tensor(mean))
 
 

@@ -22,9 +22,9 @@ def test_predicted_vectors_by_counting() -> None:
 def test_operations_of_a_network_by_counting() -> None:
     """A convolution of AlexNet: 2·k²·inputs per output, without its bias."""
     conv1 = 2 * 56 * 56 * 64 * 11**2 * 3
-    assert plan.cnn_flops(ALEXNET, "conv1", 227, 227) == conv1
-    assert plan.cnn_flops(ALEXNET, "conv2", 227, 227) == conv1 + 2 * 27 * 27 * 192 * 5**2 * 64
-    assert plan.cnn_flops(ALEXNET, "data", 227, 227) == 0
+    assert ALEXNET.flops("conv1", 227, 227) == conv1
+    assert ALEXNET.flops("conv2", 227, 227) == conv1 + 2 * 27 * 27 * 192 * 5**2 * 64
+    assert ALEXNET.flops("data", 227, 227) == 0
 
 
 def test_costs_of_conv5() -> None:

@@ -492,13 +492,13 @@ def test_address_that_is_never_found(tmp_path, monkeypatch):
 def test_command_without_network(tmp_path, monkeypatch, capsys):
     """A whole stage: one line and exit code 2."""
     import saliency  # here, as the processes below import this module and need no torch
-    from models import weights
+    from models.weights import find
     from pipeline import program
 
     for name in ("http_proxy", "https_proxy", "no_proxy"):
         monkeypatch.setenv(name, "" if name == "no_proxy" else DEAD)
         monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setattr(weights, "_from_package", lambda architecture: None)
+    monkeypatch.setattr(find, "_from_package", lambda architecture: None)
     monkeypatch.setattr(program, "code_version", lambda: "tested")
     Image.new("RGB", (70, 70)).save(tmp_path / "photo.png")
     vlm = ROOT / "models" / "pretrained" / "alexnet.safetensors"
