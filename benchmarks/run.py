@@ -7,8 +7,9 @@ Out: OUT/benchmarks.json, every value of every round; OUT/benchmarks.md, the tab
 
 training: one update, against the original's scan, plain nn.LSTM and the machine's matrix product. extraction: both
 passes, against the bare network. memory: memory-mapped features against features in memory, memory against the number
-of images. reconstruction: one iteration, against its parts. startup: --help, loading. growth: fitted exponents of
-saliency in the image's area, of an update in batch, grid and components, beside the arithmetic's.
+of images. reconstruction: one iteration, against its parts. saliency: a folder, against the bare network. startup:
+--help, loading. growth: fitted exponents of saliency in the image's area, of an update in batch, grid and components,
+beside the arithmetic's.
 
 Leave the machine alone meanwhile: the whole takes some minutes on two cores.
 """
@@ -28,7 +29,7 @@ sys.path[0] = str(Path(__file__).parent.parent)
 from evaluation import tables  # noqa: E402
 from pipeline import artefacts, networks, options, program  # noqa: E402
 
-PARTS = ("training", "extraction", "memory", "reconstruction", "startup", "growth")
+PARTS = ("training", "extraction", "memory", "reconstruction", "saliency", "startup", "growth")
 HEAD = ("figure", "median", "min", "max", "goal", "", "note")
 
 
