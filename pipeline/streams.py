@@ -13,8 +13,9 @@ OUT, ERR = 1, 2
 class _Outlet(io.RawIOBase):
     """Bytes to a file descriptor until that fails: then they go nowhere."""
 
-    def __init__(self, descriptor: int):
+    def __init__(self, descriptor: int, replaced: TextIO | None):
         self.descriptor, self.works = descriptor, True
+        self.replaced = replaced  # kept: a stream that nobody holds closes its descriptor
 
     def writable(self) -> bool:
         """Always."""
@@ -66,7 +67,7 @@ def _secured(stream: TextIO | None, descriptor: int) -> TextIO:
         return stream
     if stream is not None:
         stream.flush()
-    raw = _Outlet(descriptor)
+    raw = _Outlet(descriptor, stream)
     encoding = getattr(stream, "encoding", None) or "utf-8"
     by_line = raw.isatty() or descriptor == ERR
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=by_line)
