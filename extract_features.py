@@ -118,6 +118,9 @@ def write_features(
     import torch
     import torch.nn.functional as F
 
+    from models.projection import fold_deepest
+
+    backbone, folded = fold_deepest(backbone, projections)
     products = {layer: [t.to(backbone.device) for t in p.as_product()] for layer, p in projections.items()}
     batches = network_batches(images, backbone, batch_size, np.arange(files.done, files.stop), views)
     progress = Progress(files.stop - files.first, "features", "images", files.done - files.first)
@@ -126,7 +129,9 @@ def write_features(
             projected = {}
             for layer, features in backbone(x, list(products)).items():
                 weight, offset = products[layer]  # (D, C), (D,)
-                parts = (F.conv2d(part, weight[:, :, None, None], offset) for part in features.split(PROJECTED_AT_ONCE))
+                parts = features.split(PROJECTED_AT_ONCE)
+                if layer != folded:
+                    parts = [F.conv2d(part, weight[:, :, None, None], offset) for part in parts]
                 projected[layer] = [part.permute(0, 2, 3, 1) for part in parts]  # (b, H, W, D)
             files.put(projected)
             progress.update(len(x))

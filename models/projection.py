@@ -1,11 +1,18 @@
 """Standardisation and PCA of feature maps, and how both are fitted on streamed features."""
 
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.randomness import seed_for
+
+if TYPE_CHECKING:
+    from models.backbones import Backbone
 
 PCA_POSITIONS = 100_000  # positions that the PCA of one layer is fitted on (original code)
 
@@ -145,3 +152,27 @@ class Projection(nn.Module):
         """(N, C, H, W) raw features -> (N, D, H, W)."""
         centred = self.standardise(x) - self.pca_mean[:, None, None]
         return F.conv2d(centred, self.components[:, :, None, None])
+
+
+def fold_deepest(backbone: "Backbone", projections: Mapping[str, Projection]) -> tuple["Backbone", str | None]:
+    """A backbone whose deepest tap of `projections` is projected already, and the name of that tap.
+
+    A convolution before its ReLU is linear, as the projection is: one convolution with fewer output channels is both,
+    for a tap that nothing reads on. None, and the backbone itself, where the tap is no such convolution.
+    """
+    taps, network = backbone.architecture.taps, backbone.network
+    deepest = max(projections, key=taps.index)
+    if not isinstance(dict(network.named_modules()).get(deepest), nn.Conv2d):
+        return backbone, None
+    kept = [backbone.architecture, *backbone.parameters(), *backbone.buffers()]
+    folded = copy.deepcopy(backbone, {id(value): value for value in kept})  # of the modules alone
+    conv = folded.network.get_submodule(deepest)
+    if conv.groups > 1 or conv.bias is None:
+        return backbone, None
+    weight, offset = (t.to(conv.weight.device, torch.float64) for t in projections[deepest].as_product())
+    product = torch.einsum("dc,cikl->dikl", weight, conv.weight.double()).float()
+    layout = torch.channels_last if conv.weight.is_contiguous(memory_format=torch.channels_last) else None
+    conv.weight = nn.Parameter(product.contiguous(memory_format=layout or torch.contiguous_format), False)
+    conv.bias = nn.Parameter((weight @ conv.bias.double() + offset).float(), False)
+    conv.out_channels = len(weight)
+    return folded, deepest

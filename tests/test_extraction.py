@@ -8,7 +8,7 @@ import torch
 
 import extract_features
 from models.backbones import Backbone, centre_crop, random_parameters
-from models.projection import Projection
+from models.projection import Projection, fold_deepest
 from pipeline import artefacts
 from pipeline.features import FeatureFiles, feature_facts
 from pipeline.views import Views
@@ -55,6 +55,20 @@ def test_features_equal_the_plain_way(mean_image: bool, tmp_path: Path) -> None:
     for layer, values in expected.items():
         found = torch.from_numpy(np.load(tmp_path / f"{layer}.npy"))
         assert_rounded(found, torch.from_numpy(values), 27 + 54 + 20)  # two convolutions, the projection
+
+
+def test_the_deepest_projection_is_part_of_its_convolution() -> None:
+    """Other taps, other readers of the network, and taps that are no convolution stay as they are."""
+    backbone = Backbone(TINY, random_parameters(TINY, 0))
+    projections = {layer: make_projection(TINY.channels(layer)) for layer in ("conv1", "conv2")}
+    x = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    before = backbone(x, ["conv1", "conv2"])
+    network, folded = fold_deepest(backbone, projections)
+    after = network(x, ["conv1", "conv2"])
+    assert folded == "conv2" and torch.equal(after["conv1"], before["conv1"])
+    torch.testing.assert_close(after["conv2"], projections["conv2"](before["conv2"]), rtol=1e-4, atol=1e-4)
+    assert torch.equal(backbone(x, ["conv2"])["conv2"], before["conv2"])
+    assert fold_deepest(backbone, {"data": make_projection(3)}) == (backbone, None)
 
 
 def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
