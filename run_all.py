@@ -1,8 +1,10 @@
 """All stages in order, or a range of them, for a preset.
 
 In:  --source, as for prepare_images.py (preset demo: sample photos); for stages 4 and 5 --image, a photo.
-Out: a workspace folder --root (default: out/<preset>) with every artefact and figure.
+Out: a workspace folder --root (default: out/<preset>) with every artefact; report.html there shows the results,
+     README.txt says which file is what.
 
+The preset demo goes on from the language models that ship: its photos are too few to begin from nothing.
 Before each stage the equivalent single command is printed; it works by hand.
 
     python run_all.py
@@ -22,6 +24,7 @@ from pipeline.presets import PRESETS
 STAGES = ("prepare_images", "extract_features", "train_vlm", "reconstruct", "saliency")
 STAGE_NUMBERS = {str(number): name for number, name in enumerate(STAGES, start=1)} | {name: name for name in STAGES}
 
+SHIPPED = Path(__file__).parent / "models" / "pretrained" / "alexnet.safetensors"
 NOT_SHARED = ("prepare_images", "reconstruct")  # stages of one process
 
 
@@ -48,6 +51,8 @@ def stage_commands(args: argparse.Namespace) -> dict[str, list[list[str]]]:
     prepare += ["--num-images", str(args.num_images)] if args.num_images else []
     layers = ["--layers", *args.layers] if args.layers else []
     train = ["--iterations", str(args.iterations)] if args.iterations else []
+    if args.preset == "demo" and args.weights == "auto":  # its photos are too few to begin from nothing
+        train += ["--init", str(SHIPPED)]
     rebuild = ["--iterations", str(args.reconstruction_iterations)] if args.reconstruction_iterations else []
     return {
         "prepare_images": [[*common, *prepare]],
@@ -119,28 +124,31 @@ def print_plan(args: argparse.Namespace) -> None:
     print(f"\ncomputed for {images} images")
 
 
-def figure(args: argparse.Namespace) -> Path:
-    """figures/summary.png: the image, both reconstructions and the saliency map."""
-    import numpy as np
-
+def show_results(root: Path, image: Path, target: str, descent: str, seconds: float) -> Path:
+    """The page of a workspace, which is returned; the same as a picture, figures/summary.png; and README.txt."""
+    from pipeline import report_parts
     from pipeline.figures import picture_row
-    from pipeline.images import output_name, read_rgb
+    from pipeline.images import limit_side, output_name, read_rgb
+    from pipeline.report import write
+    from pipeline.results_page import WORKSPACE, results_report
 
-    image = args.image or sample_image()
     name = output_name(image.stem)
-    target, descent = (PRESETS[args.preset]["reconstruct"][key].value for key in ("target", "descent"))
-    pictures = {"image": read_rgb(image)}
-    for regularizer, title in (("vlm", "with language model"), ("none", "without")):
-        folder = args.root / "reconstructions" / f"{name}-{target}-{regularizer}-{descent}"
-        if (folder / "reconstruction.png").is_file():
-            pictures[f"{target} {title}"] = read_rgb(folder / "reconstruction.png")
-    saliency = args.root / "saliency" / f"{name}.npy"
-    if saliency.is_file():
-        pictures["saliency"] = artefacts.open_array(saliency, "saliency.py")[0].astype(np.float32)
-        pictures["overlay"] = read_rgb(saliency.with_name(f"{name}-overlay.png"))
-    path = args.root / "figures" / "summary.png"
-    picture_row(pictures, path)
-    return path
+    folders = {
+        f"{target}, {title}": root / "reconstructions" / f"{name}-{target}-{regularizer}-{descent}"
+        for regularizer, title in (("vlm", "with language models"), ("none", "without them"))
+    }
+    saliency, photo = root / "saliency" / f"{name}.npy", limit_side(read_rgb(image), 1024)
+    report = results_report(name, photo, saliency=saliency, reconstructions=folders, log=root / "log.csv")
+    report.facts = {"this run": report_parts.facts_of_run(seconds, image=str(image)), **report.facts}
+    for title, path in (("language models", root / "vlm.safetensors"), ("images", root / "images.npy")):
+        report.facts[title] = report_parts.facts_of_artefact(path)
+    write(root / "report.html", report)
+    pictures = {"photo": photo, "where people look": read_rgb(saliency.with_name(f"{name}-overlay.png"))}
+    there = {title: folder / "reconstruction.png" for title, folder in folders.items()}
+    pictures |= {title.replace(", ", "\n"): read_rgb(path) for title, path in there.items() if path.is_file()}
+    picture_row(pictures, root / "figures" / "summary.png")
+    report_parts.write_guide(root, "A workspace of run_all.py", WORKSPACE)
+    return root / "report.html"
 
 
 def get_parser() -> options.Parser:
@@ -194,7 +202,9 @@ def main(argv: list[str] | None = None) -> None:
             run_stage(stage, stage_argv)
         print(f"{stage}: {time.monotonic() - stage_started:.0f} s", flush=True)
     if "saliency" in chosen:
-        print(f"\n{figure(args)} shows the results")
+        target, descent = (PRESETS[args.preset]["reconstruct"][key].value for key in ("target", "descent"))
+        image, seconds = args.image or sample_image(), time.monotonic() - started
+        print(f"\n{show_results(args.root, image, target, descent, seconds)} shows the results")
     size = sum(p.stat().st_size for p in args.root.rglob("*") if p.is_file())
     print(f"{args.root}: {artefacts.format_bytes(size)}, {time.monotonic() - started:.0f} s in all")
 

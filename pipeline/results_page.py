@@ -149,6 +149,17 @@ GUIDE = {  # what is in a folder of results, for README.txt
     "reconstructions/": "a folder for each descent: reconstruction.png, curves.csv, parameters.json",
     "statistics/": "standard deviation of the feature, measured on sample photos",
 }
+WORKSPACE = {  # what is in a workspace of all stages
+    "report.html": "the page: all results in one file, for a browser",
+    "images.npy": "stage 1: the training images; rejected.csv lists what was no image",
+    "features/": "stage 2: projected feature maps of every layer, and the projection",
+    "vlm.safetensors": "stage 3: the language models, all that stages 4 and 5 need",
+    "log.csv": "stage 3: losses by layer and update; figures/loss.png shows them",
+    "train_state/": "stage 3: from which training goes on",
+    "reconstructions/": "stage 4: a folder for each: reconstruction.png, curves.csv, parameters.json",
+    "saliency/": "stage 5: saliency maps (.npy), pictures and overlays",
+    "figures/": "curves, and the results as one picture",
+}
 MOST_IN_ROW = 7  # maps of the figure
 FIGURE_NOTE = "unnaturalness of every layer: errors of the language models, each layer on a scale of its own"
 OWN_SCALES = (

@@ -357,6 +357,10 @@ def test_run_all_demo_stages(photos: Path, tmp_path: Path, capsys: pytest.Captur
         assert f"$ python {stage}.py" in printed
     for name in ("summary.png", "loss.png"):
         assert (tmp_path / "figures" / name).is_file()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for shown in ("conv5 by update: training from", "with language models", "without them", "saliency map"):
+        assert shown in page
+    assert "vlm.safetensors" in (tmp_path / "README.txt").read_text(encoding="utf-8")
     run_all.main([*options, "--from", "3", "--to", "train_vlm"])
     printed = capsys.readouterr().out
     assert "prepare_images" not in printed and "nothing to do" in printed
@@ -369,6 +373,14 @@ def test_printed_command_works_by_hand(workspace: Path, capsys: pytest.CaptureFi
     line = next(line for line in capsys.readouterr().out.splitlines() if "$ python train_vlm.py" in line)
     result = call(*line.split("$ python ")[1].split(), "--layers", "conv9")
     assert result.returncode == 2 and "has no features of conv9" in result.stderr
+
+
+def test_the_demo_goes_on_from_the_language_models_that_ship(capsys: pytest.CaptureFixture) -> None:
+    """Of the CNN that they read, and said in the command that is printed."""
+    for weights, told in ((["--weights", "random"], False), ([], True)):
+        run_all.main(["--dry-run", *weights])
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "$ python train_vlm.py" in line)
+        assert ("--init" in line and "pretrained/alexnet.safetensors" in line) is told
 
 
 def test_dry_run_prints_every_value_with_its_source(capsys: pytest.CaptureFixture) -> None:
