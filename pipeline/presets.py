@@ -117,6 +117,7 @@ PRESETS: dict[str, dict[str, Stage]] = {
         extract_features={"held_out": Setting(0, CODE)},
         reconstruct={"target": Setting("fc8", CODE), "descent": Setting("authors", CODE)},
     ),
+    "efficientnet_lite0": _alexnet("efficientnet_lite0", reconstruct={"target": Setting("logits", OURS)}),
     "vgg16": _vgg("vgg16"),
     "vgg19": _vgg("vgg19"),
     "vgg19_caffe": _vgg(

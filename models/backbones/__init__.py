@@ -6,6 +6,7 @@ A further network is one `Architecture`, put into `ARCHITECTURES`; every module 
 from models.backbones.architecture import Architecture
 from models.backbones.backbone import Backbone, centre_crop, random_parameters
 from models.backbones.chains import CHAINS, chain, named
+from models.backbones.efficientnet_lite import EFFICIENTNET_LITE0
 from models.errors import UserError
 
 __all__ = [
@@ -19,7 +20,7 @@ __all__ = [
     "random_parameters",
 ]
 
-ARCHITECTURES: dict[str, Architecture] = {a.name: a for a in CHAINS}
+ARCHITECTURES: dict[str, Architecture] = {a.name: a for a in (*CHAINS, EFFICIENTNET_LITE0)}
 
 
 def find_architecture(name: str) -> Architecture:

