@@ -4,7 +4,8 @@ In:  images of any size, or folders of them; ROOT/vlm.safetensors, of stage 3.
 Out: per image OUT/<name>.npy, the saliency map (H, W) in 0…1 of the image's size (float32; uint8 with --postprocess
      original), OUT/<name>.png, OUT/<name>-overlay.png, and OUT/<name>-unnaturalness.npy, the map (h-1, w-1) of the
      layer before post-processing, float64. Where several maps are added, each is
-     OUT/<name>-unnaturalness-<backbone>-<layer>.npy.
+     OUT/<name>-unnaturalness-<backbone>-<layer>.npy. OUT/<name>-naturalness.json, by map the loss of the image, scaled
+     and cropped as for training, and its percentile among the images that the checkpoint held out, where it keeps that.
 
     python saliency.py photo.jpg photos/ --preset vgg16 --layer conv5_3
     python saliency.py photo.jpg --vlm models/pretrained/vgg16.safetensors models/pretrained/alexnet.safetensors
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from pipeline.detector import Detector, Postprocess
 
 UNNATURALNESS = "-unnaturalness"
-SUFFIXES = ("-overlay", UNNATURALNESS)  # behind an image's name in its outputs
-Found = tuple[np.ndarray, list[dict[str, np.ndarray]]]  # an image, and its unnaturalness maps by detector
+NATURALNESS = "-naturalness"
+SUFFIXES = ("-overlay", UNNATURALNESS, NATURALNESS)  # behind an image's name in its outputs
+Found = tuple[np.ndarray, list[dict[str, np.ndarray]], artefacts.Facts]  # image, maps by detector, losses by map
 
 
 def make_maps(
@@ -66,16 +68,21 @@ def make_maps(
         return rgb
 
     def detect(name: str, rgb: np.ndarray | None) -> Found | None:
-        return None if rgb is None else (rgb, [detector.unnaturalness(rgb) for detector in detectors])
+        """The unnaturalness maps of an image, and how natural it is."""
+        if rgb is None:
+            return None
+        losses = {name: found for detector in detectors for name, found in detector.naturalness(rgb).items()}
+        return rgb, [detector.unnaturalness(rgb) for detector in detectors], losses
 
     def write(name: str, found: Found | None) -> str:
         """Post-process, add and write the maps; returns what was done."""
         if found is None:
             return "finished before"
-        rgb, of_detectors = found
+        rgb, of_detectors, losses = found
         raws = {reading: raw for maps in of_detectors for reading, raw in maps.items()}
         finish = {reading: detector.saliency for detector in detectors for reading in detector.readings}
         saliency = combined([finish[reading](reading, raw, *rgb.shape[:2]) for reading, raw in raws.items()])
+        artefacts.write_json(out / f"{name}{NATURALNESS}.json", losses)
         write_maps(out, name, rgb, raws, saliency, described.pop(name))
         return f"{rgb.shape[1]}×{rgb.shape[0]}"
 

@@ -1,8 +1,8 @@
 """What reads pictures for their naturalness: the layers of a checkpoint, and the controls beside them."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from models.errors import UserError
 from pipeline import artefacts, networks
+from pipeline.detector import choose_layers
 
 if TYPE_CHECKING:
     import torch
@@ -90,14 +91,14 @@ def _ratio(values: np.ndarray, to: np.ndarray) -> np.ndarray:
 def load_readers(
     checkpoints: Mapping[Path, "tuple[VisualLanguageModel, artefacts.Facts]"],
     wanted: Sequence[str] | None,
-    load: Callable[[str, list[str], bool], "tuple[Backbone, Any]"],
+    choice: networks.WeightsChoice,
     device: "torch.device",
 ) -> list[Reader]:
     """A reader with the trained network and one with a random one for every checkpoint (path -> model, configuration).
 
     Args:
         wanted: layers, None for all.
-        load: gives the network of a name for some layers, trained or random, and its weights' facts.
+        choice: of the trained network's weights, and the random one's seed.
     """
     from pipeline.detector import choose_layers  # torch, which --help does not wait for
 
@@ -113,7 +114,8 @@ def load_readers(
         vlm = vlm.freeze().to(device)
         facts = {"backbone": name, "vlm_sha256": artefacts.file_sha256(path), "layers": titles}
         for random in (False, True):
-            backbone, weights = load(name, chosen[path], random)
+            drawn = replace(choice, weights="random") if random else choice
+            backbone, weights = networks.load_backbone(drawn, name, chosen[path], device)
             described = {**facts, **networks.weights_facts(backbone, weights), "random": random}
             readers.append(Reader(backbone, vlm, titles, random, weights.source, described))
     return readers

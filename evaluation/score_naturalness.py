@@ -82,11 +82,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate; a finished evaluation is shown again, an interrupted one goes on. Ranks share the images."""
     device = networks.pick_device(args.device)
-
-    def load(name: str, layers: list[str], random: bool) -> tuple[Any, Any]:
-        chosen = options.replace(args, weights="random" if random else args.weights)
-        return networks.load_backbone(chosen, name, layers, device)
-
     with distributed.group(device), artefacts.claim(args.out):
         program.announce(args, device)
 
@@ -95,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
             items, spoilings = collect(
                 args.folder, args.images, args.limit, checkpoints, args.spoilings, args.reconstructions, args.seed
             )
-            return load_readers(checkpoints, args.layer, load, device), items, spoilings
+            return load_readers(checkpoints, args.layer, networks.WeightsChoice.of(args), device), items, spoilings
 
         evaluate(*distributed.together(prepare), args.out, args.seed, args.overwrite)
     return 0

@@ -1,6 +1,7 @@
 """How natural an image is: the loss that language models make of it alone, and where that stands among others."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,23 @@ def features_of_crops(
 def quantiles(losses: Iterable[float]) -> list[float]:
     """The losses of held-out images at `LEVELS`, ascending: the lowest, … the median, … the highest."""
     return np.quantile(np.asarray(list(losses), dtype=np.float64), LEVELS / 100).tolist()
+
+
+def losses_of(
+    backbone: Backbone, vlm: VisualLanguageModel, crops: np.ndarray, layers: Iterable[str]
+) -> dict[str, list[float]]:
+    """Loss of every picture (N, S, S, 3) in 0-255 by itself, by layer, read as in training."""
+    projected = features_of_crops(backbone, vlm, crops, layers)
+    with torch.no_grad():
+        return {layer: losses_and_maps(p, vlm.layers[layer])[0].tolist() for layer, p in projected.items()}
+
+
+def kept_quantiles(training: Mapping[str, Any]) -> list[float] | None:
+    """The quantiles of held-out losses that a checkpoint's facts of a layer hold; None where they hold none."""
+    values = training.get("held_out_quantiles")
+    if not isinstance(values, list) or len(values) < 2 or not all(type(value) in (int, float) for value in values):
+        return None
+    return values if values == sorted(values) else None
 
 
 def percentile(loss: float, held_out: Sequence[float]) -> float:

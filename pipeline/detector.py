@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import unnaturalness
-from models.backbones import Backbone
+from models import naturalness, unnaturalness
+from models.backbones import Backbone, centre_crop
 from models.checkpoints import load_vlm
 from models.errors import UserError
 from models.vlm import DIRECTIONS, TRIVIAL_PREDICTORS, LayerModel, VisualLanguageModel, layer_map
 from pipeline import artefacts, networks
+from pipeline.images import STORED_SIZE
+from pipeline.scaling import area_scale
 
 LANGUAGE_MODEL = "vlm"
 
@@ -69,18 +71,20 @@ class Postprocess:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file of language models, frozen, and the name of the backbone that they read."""
+    """A file of language models, frozen, the name of the backbone that they read, and by layer how it was trained."""
 
     path: Path
     backbone: str
     vlm: VisualLanguageModel
     sha256: str
+    training: Mapping[str, artefacts.Facts] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "Checkpoint":
         """Read it; a UserError says what is wrong with the file."""
         vlm, configuration = load_vlm(path)
-        return cls(path, configuration["backbone"], vlm.freeze().to(device), artefacts.file_sha256(path))
+        digest = artefacts.file_sha256(path)
+        return cls(path, configuration["backbone"], vlm.freeze().to(device), digest, configuration["training"])
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,26 @@ class Detector:
                 raw = PREDICTORS[reading.predictor](seen)
                 maps[reading.name] = raw[0].cpu().double().numpy()
         return maps
+
+    def naturalness(self, rgb: np.ndarray) -> dict[str, dict[str, float | None]]:
+        """How natural the language models find an image (H, W, 3) uint8, scaled and cropped as for training.
+
+        Returns:
+            by reading the `loss`, and its `percentile` among the checkpoint's held-out images (0: more natural than
+            all of them, 100: less), None where the checkpoint does not say.
+        """
+        height, width = self.backbone.architecture.crop
+        stored = torch.from_numpy(area_scale(rgb, STORED_SIZE, STORED_SIZE).copy()).permute(2, 0, 1)
+        crop = centre_crop(stored, height, width).permute(1, 2, 0).numpy()[None]  # (1, height, width, 3)
+        found: dict[str, dict[str, float | None]] = {}
+        for checkpoint in {
+            reading.checkpoint.sha256: reading.checkpoint for reading in self.readings.values()
+        }.values():
+            names = {r.layer: name for name, r in self.readings.items() if r.checkpoint.sha256 == checkpoint.sha256}
+            for layer, (loss,) in naturalness.losses_of(self.backbone, checkpoint.vlm, crop, names).items():
+                held_out = naturalness.kept_quantiles(checkpoint.training.get(layer, {}))
+                found[names[layer]] = {"loss": loss, "percentile": held_out and naturalness.percentile(loss, held_out)}
+        return found
 
     def saliency(self, name: str, raw: np.ndarray, height: int, width: int) -> np.ndarray:
         """Saliency map (height, width) of a reading from its unnaturalness map, post-processed as the reading says."""

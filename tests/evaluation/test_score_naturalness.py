@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import evaluate
+import saliency
 from evaluation import naturalness_metrics, naturalness_tables, score_naturalness, tables
 from evaluation.naturalness_pictures import central
 from evaluation.naturalness_readers import MODEL, NOTHING, PREDICTORS, RANDOM, RELATIVE
@@ -334,6 +335,34 @@ def test_finished_is_shown_again_and_killed_goes_on(
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes(), name
     again, whole = (json.loads((out / "summary.json").read_text()) for out in (tmp_path, finished))
     assert {**again, "versions": None} == {**whole, "versions": None}
+
+
+def test_saliency_writes_losses_and_percentiles(data: Path, finished: Path, tmp_path: Path) -> None:
+    tensors, configuration = checkpoints.read_tensors(data / "vlm.safetensors")
+    losses = {
+        line["image"]: float(line["loss_original"])
+        for line in read_csv(finished)
+        if (line["model"], line["predictor"]) == ("tiny-conv1", MODEL)
+    }
+    configuration["training"]["conv1"]["held_out_quantiles"] = naturalness.quantiles(losses.values())
+    checkpoints.write_tensors(tmp_path / "kept.safetensors", tensors, configuration)
+    common = ["--weights", str(data / "weights.safetensors"), "--layer", "conv1", "conv2", "--device", "cpu"]
+    for file in (tmp_path / "kept.safetensors", data / "vlm.safetensors"):
+        out = tmp_path / file.stem
+        assert saliency.main([str(data / "photos"), "--vlm", str(file), *common, "--out", str(out)]) == 0
+    ranks = {image: rank for rank, image in enumerate(sorted(losses, key=losses.get))}
+    for image, loss in losses.items():
+        found = {f: artefacts.read_json(tmp_path / f / f"{image}-naturalness.json") for f in ("kept", "vlm")}
+        assert found["kept"]["tiny-conv1"]["loss"] == pytest.approx(loss, rel=1e-4), "that of stage 1's size and crop"
+        assert found["kept"]["tiny-conv1"]["percentile"] == pytest.approx(100 * ranks[image] / 4, abs=1)
+        assert found["kept"]["tiny-conv2"]["percentile"] is None
+        assert found["vlm"]["tiny-conv1"] == {**found["kept"]["tiny-conv1"], "percentile": None}
+
+
+def test_quantiles_that_a_foreign_file_states_are_not_believed() -> None:
+    for values in (None, "no", [1.0], [2.0, 1.0], ["1", "2"], [[1, 2], [3]]):
+        assert naturalness.kept_quantiles({"held_out_quantiles": values}) is None
+    assert naturalness.kept_quantiles({"held_out_quantiles": [1, 2.5]}) == [1, 2.5]
 
 
 def test_mistakes(data: Path, tmp_path: Path) -> None:

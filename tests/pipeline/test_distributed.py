@@ -123,7 +123,7 @@ def test_saliency(one: Path, tmp_path: Path) -> None:
     assert [code for code, _ in results] == [0, 0, 0], results
     assert f"{PHOTOS} saliency maps" in results[0][1]
     first, second = ({p.name: p.read_bytes() for p in (root / n).iterdir()} for n in ("alone", "saliency"))
-    assert first == second and len(first) == 5 * PHOTOS
+    assert first == second and len(first) == 6 * PHOTOS
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +145,14 @@ def evaluations(one: Path) -> dict[str, list[str]]:
     return {
         "fixations": ["fixations", *common, *stimuli, "--vlm", str(one / "vlm.safetensors"), "--layer", "conv2"],
         "reconstruction": ["reconstruction", str(one / "reconstructions"), *common],
+        "naturalness": [
+            *["naturalness", str(one.parent / "photos"), *common, "--vlm", str(one / "vlm.safetensors")],
+            *["--layer", "conv2", "--spoilings", "noise 10", "pasted 1/4"],
+        ],
     }
 
 
-@pytest.mark.parametrize("kind", ["fixations", "reconstruction"])
+@pytest.mark.parametrize("kind", ["fixations", "reconstruction", "naturalness"])
 def test_evaluation(kind: str, evaluations: dict[str, list[str]], one: Path, tmp_path: Path) -> None:
     """Three ranks, seven images, one of the ranks killed first: the same files as by one process."""
     roots = {name: tmp_path / name for name in ("alone", "shared")}
