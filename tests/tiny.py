@@ -106,7 +106,7 @@ def _prepare(stage: str, argv: list[str]) -> None:
     prepare_images.MARK_EVERY = 2
     program.code_version = lambda: "tested"  # git costs a process
     for name in ("loss_curves", "reconstruction_curves", "picture_row", "picture_grid"):  # matplotlib costs a second
-        setattr(figures, name, lambda _, path, *more: artefacts.write_bytes(path, b"a figure"))
+        setattr(figures, name, lambda _, path, *more, **named: artefacts.write_bytes(path, b"a figure"))
     tables.RESAMPLES = 50
     classifier.find_weights = lambda: None
 
@@ -115,7 +115,7 @@ def _run(stage: str, argv: list[str], root: str, output: str, accident: Accident
     with Path(output).open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ.update(environment)
     _prepare(stage, argv)
     if accident.largest_file:
