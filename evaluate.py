@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command."""
     args = get_parser().parse_args(argv)
     code = COMMANDS[args.command].run(args)
-    if distributed.rank() == 0 and (args.out / "summary.json").is_file():
+    if distributed.leads() and (args.out / "summary.json").is_file():
         from evaluation import page
 
         page.write_page(args.out, args.command)

@@ -10,7 +10,6 @@ import numpy as np
 
 from models.errors import UserError
 from pipeline import artefacts, networks
-from pipeline.detector import choose_layers
 
 if TYPE_CHECKING:
     import torch

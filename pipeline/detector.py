@@ -162,9 +162,8 @@ class Detector:
         stored = torch.from_numpy(area_scale(rgb, STORED_SIZE, STORED_SIZE).copy()).permute(2, 0, 1)
         crop = centre_crop(stored, height, width).permute(1, 2, 0).numpy()[None]  # (1, height, width, 3)
         found: dict[str, dict[str, float | None]] = {}
-        for checkpoint in {
-            reading.checkpoint.sha256: reading.checkpoint for reading in self.readings.values()
-        }.values():
+        checkpoints = {reading.checkpoint.sha256: reading.checkpoint for reading in self.readings.values()}
+        for checkpoint in checkpoints.values():
             names = {r.layer: name for name, r in self.readings.items() if r.checkpoint.sha256 == checkpoint.sha256}
             for layer, (loss,) in naturalness.losses_of(self.backbone, checkpoint.vlm, crop, names).items():
                 held_out = naturalness.kept_quantiles(checkpoint.training.get(layer, {}))

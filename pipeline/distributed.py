@@ -38,6 +38,11 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if launched() else 0
 
 
+def leads() -> bool:
+    """Whether this is the first process of all that were started together, also outside `group`."""
+    return not launched() or int(os.environ["RANK"]) == 0
+
+
 def _joined() -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 from torch import nn
 
@@ -31,6 +32,7 @@ from models import checkpoints, descent, training, vlm  # noqa: F401 (imported b
 from models import unnaturalness as maps  # noqa: F401
 from models.backbones import ARCHITECTURES, chain, named
 from pipeline import artefacts, features, figures, program  # noqa: F401
+from pipeline.images import write_png
 
 STAGES = {m.__name__: m for m in (prepare_images, extract_features, train_vlm, reconstruct, saliency, evaluate)}
 matplotlib.colormaps.get_cmap(figures.HEAT)  # a first time
@@ -106,7 +108,7 @@ def _prepare(stage: str, argv: list[str]) -> None:
     prepare_images.MARK_EVERY = 2
     program.code_version = lambda: "tested"  # git costs a process
     for name in ("loss_curves", "reconstruction_curves", "picture_row", "picture_grid"):  # matplotlib costs a second
-        setattr(figures, name, lambda _, path, *more, **named: artefacts.write_bytes(path, b"a figure"))
+        setattr(figures, name, lambda _, path, *more, **named: write_png(path, np.zeros((2, 2), np.uint8)))
     tables.RESAMPLES = 50
     classifier.find_weights = lambda: None
 

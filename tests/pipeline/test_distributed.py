@@ -116,9 +116,9 @@ def test_training(one: Path, tmp_path: Path, ranks: int) -> None:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """All files of a folder by name: JSON without the arguments, in which the folder stands, others as bytes."""
+    """All files of a folder by name: JSON without the arguments, in which the folder stands, as the page has it too."""
     found: dict[str, Any] = {}
-    for path in (p for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"):
+    for path in (p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".lock", ".html")):
         content = path.read_bytes()
         if path.suffix == ".json":
             content = json.loads(content)
