@@ -6,13 +6,14 @@ Out: a folder per input with reconstruction.png and .npy (H, W, 3) float32 RGB, 
      was inverted; restart-<r>.png of each; snapshots/; curves.csv and curves.png with every term of the loss;
      comparison.png; parameters.json.
 
-    python reconstruct.py photo.jpg --preset alexnet --target pool5 --regularizer vlm
+    python reconstruct.py photo.jpg --target pool5 --regularizer vlm
     python reconstruct.py photo.jpg --regularizer tv --descent authors
     python reconstruct.py --held-out --regularizer tv
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,25 @@ def run(restart: "Restart", loss: "ReconstructionLoss", schedule: "Schedule", ev
         descend(loss, restart.image, restart.optimizer, schedule, iterations, callback, done)
 
 
+def for_each(sources: "list[Source]", problems: list[str], work: Callable[["Source"], None]) -> int:
+    """Do the work of every input, past those that cannot be done of several; the exit code, 2 if there were any."""
+    failed = len(problems)
+    for problem in problems:
+        print(f"reconstruct.py: {problem}", file=sys.stderr)
+    for number, source in enumerate(sources, start=1):
+        if len(sources) > 1:
+            print(f"{number}/{len(sources)} {source.name}", flush=True)
+        try:
+            work(source)
+        except Exception as error:
+            line = program.explanation(error)
+            if line is None or len(sources) == 1 or isinstance(error, artefacts.NoRoomError):
+                raise
+            failed += 1
+            print(f"reconstruct.py: {source.name}: {line}", file=sys.stderr)
+    return 2 if failed else 0
+
+
 def output_folder(out: Path | None, root: Path, source: "Source", single: bool, kind: str) -> Path:
     """Where the results of one input go; `single` where it is the only one, named on the command line."""
     if out is None:
@@ -97,7 +117,8 @@ def get_parser() -> options.Parser:
     parser.add_argument(
         "--statistics",
         type=options.readable_file,
-        help="projection.safetensors of stage 2 with the mean and std of taps that the checkpoint lacks",
+        help="projection.safetensors of stage 2 with the mean and std of taps that the checkpoint lacks (default: they "
+        "are measured on the sample photos)",
     )
     parser.add_argument("--target", metavar="TAP", help="feature to invert")
     parser.add_argument(
@@ -173,22 +194,10 @@ def main(argv: list[str] | None = None) -> int:
     from models.checkpoints import load_vlm
     from pipeline import reconstruction, targets
 
-    checkpoint = args.vlm or args.root / "vlm.safetensors"
+    checkpoint, images = args.vlm or args.root / "vlm.safetensors", args.images or args.root / "images.npy"
     vlm, configuration = load_vlm(checkpoint)
     held_out_by = configuration if args.held_out else None
-    images = args.images or args.root / "images.npy"
     sources, problems = targets.list_sources(args.inputs, args.rows or [], held_out_by, images)
-    objective = reconstruction.choose_objective(
-        args.regularizer,
-        args.target,
-        configuration["backbone"],
-        list(vlm.layers),
-        layers=args.layers,
-        layer_weights=args.layer_weights,
-        feature_weight=args.feature_weight,
-        vlm_weight=args.vlm_weight,
-        penalties={"l2": args.l2_weight, "tv": args.tv_weight},
-    )
     descent, schedule = reconstruction.choose_descent(
         args.descent,
         args.regularizer,
@@ -199,41 +208,42 @@ def main(argv: list[str] | None = None) -> int:
         momentum=args.momentum,
         noise=args.start_noise,
     )
+    objective = reconstruction.choose_objective(
+        args.regularizer,
+        args.target,
+        configuration["backbone"],
+        list(vlm.layers),
+        layers=args.layers,
+        layer_weights=args.layer_weights,
+        feature_weight=args.feature_weight,
+        vlm_weight=descent.vlm_weight if args.vlm_weight is None else args.vlm_weight,
+        penalties={"l2": args.l2_weight, "tv": args.tv_weight},
+    )
     if descent.start == "zero" and args.restarts > 1:
         raise UserError(f"every descent of {args.regularizer} starts from the same image: use --restarts 1")
     device = networks.pick_device(args.device)
-    effective = {
-        "iterations": descent.iterations,
-        "learning_rate": descent.learning_rate,
-        "decay_at": schedule.decay_at,
-    }
+    rate = {"learning_rate": schedule.learning_rate, "decay_at": schedule.decay_at}
+    effective = {"iterations": descent.iterations, "vlm_weight": objective.vlm_weight, **rate}
     program.announce(options.replace(args, **effective), device)
     backbone, weights = networks.load_backbone(args, configuration["backbone"], [args.target], device)
     taps = reconstruction.taps_measured(objective, descent)
-    statistics = targets.needed_statistics(vlm.statistics, args.statistics, configuration["backbone"], taps)
+    statistics, measured = targets.needed_statistics(vlm.statistics, args.statistics, backbone, taps)
     task = reconstruction.Task(
         backbone, vlm.freeze().to(device), statistics, objective, args.descent, descent, schedule, args.seed
     )
-    facts = task.facts(weights.sha256, artefacts.file_sha256(checkpoint)) | {"restarts": args.restarts}
+    facts = task.facts(weights.sha256, artefacts.file_sha256(checkpoint)) | {
+        "restarts": args.restarts,
+        "measured": measured,
+    }
     single = len(args.inputs) == 1 and not (args.rows or args.held_out or Path(args.inputs[0]).is_dir())
     kind = f"{args.target}-{args.regularizer}-{args.descent}"
-    failed = len(problems)
-    for problem in problems:
-        print(f"reconstruct.py: {problem}", file=sys.stderr)
-    for number, source in enumerate(sources, start=1):
-        if len(sources) > 1:
-            print(f"{number}/{len(sources)} {source.name}", flush=True)
-        try:
-            out = output_folder(args.out, args.root, source, single, kind)
-            with artefacts.claim(out):
-                reconstruct(task, source, out, facts, args.restarts, args.snapshot_every, args.overwrite)
-        except Exception as error:
-            line = program.explanation(error)
-            if line is None or len(sources) == 1 or isinstance(error, artefacts.NoRoomError):
-                raise
-            failed += 1
-            print(f"reconstruct.py: {source.name}: {line}", file=sys.stderr)
-    return 2 if failed else 0
+
+    def work(source: "Source") -> None:
+        out = output_folder(args.out, args.root, source, single, kind)
+        with artefacts.claim(out):
+            reconstruct(task, source, out, facts, args.restarts, args.snapshot_every, args.overwrite)
+
+    return for_each(sources, problems, work)
 
 
 if __name__ == "__main__":

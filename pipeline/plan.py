@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.backbones import Architecture
-from models.objective import default_layer_weights, descent_for
+from models.objective import REGULARIZERS, default_layer_weights, descent_for
 from models.training import default_decays, share_of_rate
 from pipeline.presets import CARRIED, CODE, OURS, PRESETS, Setting
 
@@ -41,7 +41,9 @@ def values_used(stage: str, preset: str, used: Mapping[str, Any], layers: list[s
         derived["decay_at"] = default_decays(used["iterations"])
         derived["learning_rate"] = share_of_rate(used["joint_learning_rate"], len(layers))
     if stage == "reconstruct":
-        derived["iterations"] = descent_for(used["descent"], used["regularizer"]).iterations
+        descent = descent_for(used["descent"], used["regularizer"])
+        has_vlm = REGULARIZERS[used["regularizer"]].vlm
+        derived |= {"iterations": descent.iterations, "vlm_weight": descent.vlm_weight if has_vlm else 0.0}
     rows = {}
     for name, setting in PRESETS[preset][stage].items():
         if used[name] is None and setting.rule:

@@ -65,7 +65,7 @@ DEFAULTS: dict[str, Stage] = {
         "iterations": Setting(None, OURS, "the descent's; paper: 1000"),
         "momentum": Setting(0.9, CODE),
         "feature_weight": Setting(1.0, CODE),
-        "vlm_weight": Setting(10.0, CODE),
+        "vlm_weight": Setting(None, OURS, "the descent's; paper: 10"),
     },
     "saliency": {
         "power": Setting(0.5, CODE),

@@ -11,9 +11,15 @@ from torch import Tensor
 from models.backbones import Backbone, centre_crop
 from models.checkpoints import check_channels, read_tensors, take_statistics
 from models.errors import UserError
+from models.projection import Moments
 from pipeline import artefacts, images
+from pipeline.presets import SAMPLES
+from pipeline.progress import Progress
+from pipeline.scaling import area_scale
+from pipeline.sources import list_images as list_views
 from pipeline.splits import rows_of
 
+SAMPLE_VIEWS = 128  # of the sample photos, for taps that nobody measured
 Statistics = dict[str, dict[str, Tensor]]  # mean and std (C,) by tap
 
 
@@ -105,21 +111,40 @@ def read_feature(path: Path, backbone: Backbone, tap: str) -> Tensor:
     return (tensor if tensor.ndim == dims else tensor[None]).to(backbone.device)
 
 
-def needed_statistics(there: Statistics, more: Path | None, backbone: str, taps: list[str]) -> Statistics:
-    """Mean and std of `taps`, from those of the checkpoint and of a projection.safetensors of stage 2.
+def needed_statistics(
+    there: Statistics, more: Path | None, backbone: Backbone, taps: list[str]
+) -> tuple[Statistics, list[str]]:
+    """Mean and std of `taps`, and those of the taps that had to be measured on the sample photos.
+
+    Args:
+        there: of the checkpoint, which come first.
+        more: a projection.safetensors of stage 2, which come next.
 
     Raises:
-        UserError: some are missing, or the file is of another backbone.
+        UserError: that file is of another backbone, or there are no sample photos.
     """
     if more is not None:
-        there = read_statistics(more, backbone) | there
-    for tap in taps:
-        if tap not in there:
-            raise UserError(
-                f"the checkpoint has no statistics of {tap} (it has {', '.join(sorted(there))}): "
-                f"run extract_features.py --statistics {tap} and give its projection.safetensors with --statistics"
-            )
-    return {tap: there[tap] for tap in taps}
+        there = read_statistics(more, backbone.architecture.name) | there
+    measured = [tap for tap in taps if tap not in there]
+    for tap in measured:
+        print(
+            f"statistics of {tap}: neither the checkpoint nor --statistics has them, so they are measured on "
+            f"{SAMPLE_VIEWS} views of the sample photos",
+            flush=True,
+        )
+    return {tap: there[tap] if tap in there else sample_statistics(backbone, tap) for tap in taps}, measured
+
+
+def sample_statistics(backbone: Backbone, tap: str) -> dict[str, Tensor]:
+    """Mean and std (C,) of a tap over `SAMPLE_VIEWS` square views of the sample photos, always the same ones."""
+    moments = Moments(backbone.architecture.channels(tap))
+    with Progress(SAMPLE_VIEWS, f"statistics of {tap}", "views") as progress, torch.no_grad():
+        for view in list_views(SAMPLES, SAMPLE_VIEWS, seed=0):
+            rgb = torch.from_numpy(area_scale(view.read(), images.STORED_SIZE, images.STORED_SIZE))
+            x = centre_crop(rgb.permute(2, 0, 1)[None].float(), *backbone.architecture.crop)
+            moments.update(backbone(backbone.preprocess(x.to(backbone.device)), [tap])[tap])
+            progress.update()
+    return {"mean": moments.mean.float(), "std": moments.guarded_std()[0].float()}
 
 
 def read_statistics(path: Path, backbone: str) -> Statistics:

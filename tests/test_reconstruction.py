@@ -252,7 +252,8 @@ def test_one_descent_for_all_regularizers() -> None:
 def test_presets_name_the_descent() -> None:
     for preset, expected in (("alexnet", "fourier"), ("demo", "fourier"), ("alexnet_caffe", "authors")):
         args = reconstruct.options.parse_args(reconstruct.get_parser(), ["--preset", preset], "reconstruct")
-        assert args.descent == expected and args.vlm_weight > 0
+        assert args.descent == expected and args.vlm_weight is None
+        assert descent_for(args.descent, "vlm").vlm_weight == (10 if expected == "authors" else 3)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 7), (8, 7), (7, 12), (227, 227), (1, 1)])
@@ -465,6 +466,25 @@ def test_results_without_language_model_outlive_a_longer_training(
     write_tensors(tmp_path / "vlm.safetensors", vlm_tensors(vlm), configuration)
     with pytest.raises(UserError, match="made otherwise .*statistics_sha256"):
         run(tmp_path, *options)
+
+
+def test_statistics_that_nobody_measured_are_of_the_sample_photos(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "SAMPLE_VIEWS", 3)
+    options = ["--rows", 2, "--regularizer", "none", "--iterations", 1, "--out", tmp_path]
+    assert run(workspace, *options, tap="conv2") == 0
+    assert "statistics of conv2: neither the checkpoint nor --statistics has them" in capsys.readouterr().out
+    (folder,) = tmp_path.glob("[!.]*")
+    assert json.loads((folder / "parameters.json").read_text())["measured"] == ["conv2"]
+    backbone = Backbone(ARCHITECTURES["alexnet"], random_parameters(ARCHITECTURES["alexnet"], 3))
+    found = targets.sample_statistics(backbone, "data")
+    values = []
+    for view in targets.list_views("samples", 3, seed=0):
+        rgb = targets.area_scale(view.read(), 256, 256)[14:241, 14:241].reshape(-1, 3) / 255
+        values.append((rgb - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225])
+    np.testing.assert_allclose(found["std"], np.concatenate(values).std(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(found["mean"], np.concatenate(values).mean(axis=0), atol=1e-5)
 
 
 def test_regularizers_are_complete() -> None:
