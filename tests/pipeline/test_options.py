@@ -109,6 +109,8 @@ def base_command(script: str, root: Path, fresh: bool = True) -> list[str]:
         "evaluate fixations": [*alone, "--stimuli", str(root / "photos"), "--fixations", str(root / "fixations.csv")]
         + maps,
         "evaluate reconstruction": [str(root / "reconstructions"), *alone],
+        "evaluate naturalness": [str(root / "photos"), *alone, "--vlm", str(root / "vlm.safetensors"), "--limit", "2"]
+        + ["--spoilings", "mirrored"],
     }[script]
 
 
@@ -292,7 +294,9 @@ def test_nonsense_is_no_value_of_other_scripts(
 
 def test_every_script_is_here() -> None:
     assert {script.split()[0] for script in SCRIPTS} == {p.stem for p in ROOT.glob("*.py")}
-    assert {"evaluate fixations", "evaluate reconstruction"} <= set(SCRIPTS) and len(CASES) > 100
+    assert {"evaluate fixations", "evaluate reconstruction", "evaluate naturalness"} <= set(SCRIPTS) and len(
+        CASES
+    ) > 100
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
