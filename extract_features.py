@@ -146,7 +146,8 @@ def get_parser() -> options.Parser:
     options.add_weights_options(parser)
     parser.add_argument("--images", type=options.readable_file, help="images of stage 1 (default: ROOT/images.npy)")
     parser.add_argument("--out", type=options.writable_folder, help="folder to write to (default: ROOT/features)")
-    parser.add_argument("--backbone", help="CNN")
+    parser.add_argument("--backbone", help="CNN: of this project, or any classification network of torchvision")
+    parser.add_argument("--list-layers", action="store_true", help="print the backbone's taps and end")
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="taps to model")
     parser.add_argument(
         "--statistics",
@@ -175,6 +176,8 @@ def get_parser() -> options.Parser:
 def main(argv: list[str] | None = None) -> None:
     """Read the inputs, describe the results, make what of them is missing."""
     args = options.parse_args(get_parser(), argv, "extract_features")
+    if args.list_layers:
+        return networks.print_taps(args.backbone)
     views = Views.checked(args.views, args.random_crop, args.flip, args.seed)
     device = networks.pick_device(args.device)
     folder = args.out or args.root / "features"
@@ -205,8 +208,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         if args.overwrite:  # all, before any is made: what is killed in between leaves nothing that looks whole
             distributed.first(lambda: clear(folder, layers))
-        reached = [tap for tap in backbone.architecture.targets if tap in backbone.available_taps]
-        others = ["data", *(reached if args.statistics is None else args.statistics)]
+        others = ["data", *(backbone.available_targets if args.statistics is None else args.statistics)]
         path = folder / "projection.safetensors"
         noted = {**facts, "layers": layers, "statistics": sorted({*layers, *others})}
         if distributed.first(lambda: artefacts.reuse(path, noted, False)):

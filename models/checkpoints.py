@@ -19,7 +19,8 @@ from torch import Tensor
 from models.backbones import find_architecture
 from models.errors import UserError
 from models.projection import Projection
-from models.vlm import CELLS, PAPER_CELL, LayerModel, VisualLanguageModel
+from models.vlm import CELLS, PAPER_CELL, LayerModel, VisualLanguageModel, part_name, tap_name
+from models.weights.contents import other_kind_of
 
 FORMAT = "cnn-vlm 1"
 PROJECTION_PARTS = ("mean", "std", "components", "pca_mean")
@@ -41,7 +42,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, RuntimeError, struct.error) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}): give another file") from None
+        found = other_kind_of(path) or f"not a readable safetensors file ({error})"
+        raise UserError(f"{path} is {found}: give another file") from None
     try:
         configuration = json.loads(metadata["configuration"])
     except (KeyError, ValueError, RecursionError):
@@ -69,11 +71,11 @@ def vlm_tensors(vlm: VisualLanguageModel, dtype: torch.dtype = torch.float32) ->
     tensors: dict[str, Tensor] = {}
     for layer, model in vlm.layers.items():
         projection = vlm.projections[layer]
-        tensors |= {f"{layer}.projection.{part}": getattr(projection, part) for part in PROJECTION_PARTS}
-        tensors |= {f"{layer}.{name}": value for name, value in model.state_dict().items()}
+        tensors |= {f"{part_name(layer)}.projection.{part}": getattr(projection, part) for part in PROJECTION_PARTS}
+        tensors |= {f"{part_name(layer)}.{name}": value for name, value in model.state_dict().items()}
     tensors = {n: v if n.rsplit(".", 1)[-1] in FULL_PRECISION else v.to(dtype) for n, v in tensors.items()}
     for tap, values in vlm.statistics.items():
-        tensors |= {f"statistics.{tap}.{key}": value.float() for key, value in values.items()}
+        tensors |= {f"statistics.{part_name(tap)}.{key}": value.float() for key, value in values.items()}
     return tensors
 
 
@@ -94,7 +96,7 @@ def vlm_from_tensors(
     for layer in layers:
         projections[layer] = take_projection(tensors, layer, source)
         expected = _state_shapes(projections[layer].size, cells.get(layer, PAPER_CELL))
-        prefix = f"{layer}."
+        prefix = f"{part_name(layer)}."
         states[layer] = {n.removeprefix(prefix): tensors.pop(n) for n in list(tensors) if n.startswith(prefix)}
         for name in sorted(expected.keys() | states[layer].keys()):
             found = tuple(states[layer][name].shape) if name in states[layer] else None
@@ -130,7 +132,7 @@ def take_projection(tensors: dict[str, Tensor], layer: str, source: object) -> P
     """
     parts = {}
     for part in PROJECTION_PARTS:
-        name = f"{layer}.projection.{part}"
+        name = f"{part_name(layer)}.projection.{part}"
         if name not in tensors:
             raise UserError(f"{source}: tensor {name} is missing: give another file")
         parts[part] = tensors.pop(name)
@@ -148,7 +150,7 @@ def take_statistics(tensors: dict[str, Tensor], source: object) -> dict[str, dic
     statistics: dict[str, dict[str, Tensor]] = {}
     for name in [n for n in tensors if n.startswith("statistics.") and n.count(".") == 2]:
         _, tap, key = name.split(".")
-        statistics.setdefault(tap, {})[key] = tensors.pop(name)
+        statistics.setdefault(tap_name(tap), {})[key] = tensors.pop(name)
     for tap, found in statistics.items():
         what = f"{source}: statistics of {tap!r:.80}"
         _check_finite(found, what)
@@ -186,7 +188,8 @@ def listed_layers(configuration: Mapping[str, Any], path: Path) -> list[str]:
     if not isinstance(layers, list) or not layers or not all(isinstance(name, str) for name in layers):
         raise UserError(f"{path} does not say which layers it holds: give another file")
     for name in layers:
-        if not name.isidentifier() or hasattr(torch.nn.ModuleDict(), name) or layers.count(name) > 1:
+        proper = all(part.isidentifier() or part.isdigit() for part in name.split("."))
+        if not proper or hasattr(torch.nn.ModuleDict(), name) or layers.count(name) > 1:
             raise UserError(f"{path} holds a layer called {name[:40]!r}, twice or by no proper name: give another file")
     return layers
 
@@ -265,6 +268,6 @@ def check_state(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, 
 
 def merge_layers(first: Mapping[str, Tensor], second: Mapping[str, Tensor], layers: list[str]) -> dict[str, Tensor]:
     """`first` with everything of `layers` replaced by `second`'s tensors; layers share no parameters."""
-    prefixes = tuple(f"{layer}." for layer in layers)
+    prefixes = tuple(f"{part_name(layer)}." for layer in layers)
     kept = {name: value for name, value in first.items() if not name.startswith(prefixes)}
     return kept | {name: value for name, value in second.items() if name.startswith((*prefixes, "statistics."))}

@@ -15,7 +15,7 @@ step t+1 has seen steps 1 … t of its own column or row and nothing else.
 Letters in shape comments: N images, D components, H × W grid, T steps along the scan, B = sequences (N·W or N·H).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -189,6 +189,40 @@ def fused_layer_loss(p: Tensor, models: Mapping[str, DirectionalModel]) -> Tenso
     return (errors.mean(dim=2, dtype=accumulation_type(p)) * ramp(len(errors), p)[:, None]).mean()
 
 
+def part_name(tap: str) -> str:
+    """A tap's name in the names of tensors and modules, where dots stand between parts: `layer1.0` -> `layer1/0`."""
+    return tap.replace(".", "/")
+
+
+def tap_name(part: str) -> str:
+    """The inverse of `part_name`."""
+    return part.replace("/", ".")
+
+
+class ByTap(nn.ModuleDict):
+    """Modules by tap, whose names may have dots."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]):
+        super().__init__({part_name(tap): module for tap, module in modules.items()})
+
+    def __getitem__(self, tap: str) -> nn.Module:
+        return super().__getitem__(part_name(tap))
+
+    def __contains__(self, tap: str) -> bool:
+        return super().__contains__(part_name(tap))
+
+    def __iter__(self) -> Iterator[str]:
+        return map(tap_name, super().__iter__())
+
+    def keys(self) -> Iterable[str]:
+        """Taps."""
+        return {tap_name(part): None for part in super().keys()}.keys()
+
+    def items(self) -> Iterable[tuple[str, nn.Module]]:
+        """Taps and modules."""
+        return {tap_name(part): module for part, module in super().items()}.items()
+
+
 class LayerModel(nn.ModuleDict):
     """The language model of one layer: an independent `DirectionalModel` of one of `CELLS` per direction."""
 
@@ -256,9 +290,9 @@ class VisualLanguageModel(nn.Module):
     ):
         super().__init__()
         cells = cells or {}
-        self.projections = nn.ModuleDict(projections)
+        self.projections = ByTap(projections)
         models = {name: LayerModel(p.size, cells.get(name, PAPER_CELL)) for name, p in projections.items()}
-        self.layers = nn.ModuleDict(models)
+        self.layers = ByTap(models)
         self.statistics = {tap: dict(values) for tap, values in statistics.items()}
 
     def initialise(self, seed: int) -> None:

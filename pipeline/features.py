@@ -110,6 +110,7 @@ def open_features(folder: Path, layers: list[str] | None) -> Features:
         UserError: a layer is missing, unfinished, or was projected otherwise.
     """
     from models.checkpoints import read_tensors
+    from models.vlm import part_name
 
     path = folder / "projection.safetensors"
     names = artefacts.read_sidecar(path, "extract_features.py").get("names")
@@ -127,7 +128,9 @@ def open_features(folder: Path, layers: list[str] | None) -> Features:
         if facts.get("projection_sha256") != provenance.projection_sha256:
             raise UserError(f"{folder / layer}.npy belongs to another projection: {AFRESH}")
         stored[layer] = array
-        views.append(_check(folder / f"{layer}.npy", array, facts, tensors.get(f"{layer}.projection.components")))
+        views.append(
+            _check(folder / f"{layer}.npy", array, facts, tensors.get(f"{part_name(layer)}.projection.components"))
+        )
     if len({len(array) for array in stored.values()}) > 1 or len(set(views)) > 1:
         raise UserError(f"{folder} holds features of differing images or views: {AFRESH}")
     return Features(stored, tensors, provenance, views[0], names, held_out)

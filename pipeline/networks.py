@@ -69,6 +69,22 @@ def weights_facts(backbone: Any, weights: Any) -> dict[str, str]:
     return facts
 
 
+def print_taps(name: str) -> None:
+    """Every tap of a backbone: channels, grid of a training image, stride; `*` where language models read."""
+    from models.backbones import find_architecture
+
+    architecture = find_architecture(name)
+    architecture.survey()
+    print(f"{name}: images of {architecture.crop[1]}×{architecture.crop[0]}, taps in order")
+    print(f"  {'tap':<48} {'channels':>8} {'grid':>9} {'stride':>7}")
+    for tap in architecture.taps:
+        grid, stride = (
+            "×".join(map(str, pair)) for pair in (architecture.grid(tap, *architecture.crop), architecture.stride(tap))
+        )
+        shape = f"{grid:>9} {stride:>7}" if tap in architecture.maps else f"{'vector':>9} {'-':>7}"
+        print(f"{'*' if tap in architecture.vlm_layers else ' '} {tap:<48} {architecture.channels(tap):>8} {shape}")
+
+
 def checkpoint_backbone(path: Path) -> str:
     """Name of the backbone that a checkpoint reads."""
     from models.checkpoints import read_tensors

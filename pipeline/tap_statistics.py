@@ -118,12 +118,17 @@ def projection_tensors(
     projections: "dict[str, Projection]", moments: "dict[str, Moments]"
 ) -> "dict[str, torch.Tensor]":
     """Tensors of projection.safetensors: `<layer>.projection.<part>` and `statistics.<tap>.<mean|std>`."""
+    from models.vlm import part_name
+
     tensors = {}
     for layer, projection in projections.items():
-        tensors |= {f"{layer}.projection.{name}": value for name, value in projection.state_dict().items()}
+        tensors |= {f"{part_name(layer)}.projection.{name}": value for name, value in projection.state_dict().items()}
     for tap, m in moments.items():
         std, _ = m.guarded_std()
-        tensors |= {f"statistics.{tap}.mean": m.mean.float(), f"statistics.{tap}.std": std.float()}
+        tensors |= {
+            f"statistics.{part_name(tap)}.mean": m.mean.float(),
+            f"statistics.{part_name(tap)}.std": std.float(),
+        }
     return tensors
 
 

@@ -3,6 +3,8 @@
 A further network is one `Architecture`, put into `ARCHITECTURES`; every module of it is a tap.
 """
 
+from difflib import get_close_matches
+
 from models.backbones.architecture import Architecture
 from models.backbones.backbone import Backbone, centre_crop, random_parameters
 from models.backbones.chains import CHAINS, chain, named
@@ -31,4 +33,13 @@ def find_architecture(name: str) -> Architecture:
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
-    raise UserError(f"there is no backbone {name!r:.80}: choose from {', '.join(ARCHITECTURES)}")
+    from models.backbones.torchvision_networks import torchvision_architecture, torchvision_names
+
+    others = torchvision_names()
+    if name in others:
+        return torchvision_architecture(name)
+    near = get_close_matches(name, [*ARCHITECTURES, *others], n=4, cutoff=0.5)
+    raise UserError(
+        f"there is no backbone {name!r:.80}{' (nearest: ' + ', '.join(near) + ')' if near else ''}: choose from "
+        f"{', '.join(ARCHITECTURES)}, or a classification network of torchvision"
+    )

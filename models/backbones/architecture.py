@@ -93,6 +93,13 @@ class Architecture:
         taps = self.taps[1:]
         return {tap: tuple(value.shape) for tap, value in self._run(taps, *self.crop).items()} if taps else {}
 
+    def survey(self) -> None:
+        """Measure channels, grid and stride of all taps at once, which is quicker than one by one."""
+        h, w = self.crop
+        for size in ((h, w), (h + GROWTH, w), (h, w + GROWTH)):
+            for tap, value in self._run(self.taps[1:], *size).items():
+                self._shapes[(tap, *size)] = tuple(value.shape)
+
     def parameter_shapes(self, upto: str | None = None) -> dict[str, tuple[int, ...]]:
         """Shapes of all that weights must give, by name (`conv1.weight`, …), up to the tap `upto`.
 

@@ -44,6 +44,11 @@ class Backbone(nn.Module):
         """Taps that the loaded parameters reach."""
         return tuple(t for t in self.architecture.taps if self._missing(t) is None)
 
+    @property
+    def available_targets(self) -> tuple[str, ...]:
+        """Targets of reconstruction that the loaded parameters reach."""
+        return tuple(t for t in self.architecture.targets if self._missing(t) is None)
+
     def _missing(self, tap: str) -> str | None:
         """The first module on the way to `tap` whose parameters were not loaded."""
         if not self.absent:

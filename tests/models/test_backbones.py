@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from models.backbones import ARCHITECTURES, Architecture, Backbone, random_parameters
+from models.backbones import ARCHITECTURES, Architecture, Backbone, find_architecture, random_parameters
 from models.errors import UserError
 from models.weights.find import load_backbone
+from pipeline import networks
 from pipeline.images import fit_to, read_rgb
 from pipeline.sources import sample_photos
 
@@ -92,3 +93,90 @@ def test_bad_taps_and_sizes_are_named() -> None:
         RESIDUAL.check_maps(["scores"])
     with pytest.raises(UserError, match="12×5 pixels is too small for end of residual: give one of at least 7×7"):
         RESIDUAL.check_size("end", 5, 12, grid=1)
+
+
+def nchw(value: torch.Tensor, name: str, grid: tuple[int, int]) -> torch.Tensor:
+    """As PyTorch's convolutions have it, by hand."""
+    if name == "vit_b_32":
+        return value[:, 1:].transpose(1, 2).unflatten(2, grid)
+    return value.permute(0, 3, 1, 2) if name == "swin_t" else value
+
+
+TORCHVISION = {  # a network of each family: its layers, and the stride of the deepest
+    "resnet18": 32,
+    "convnext_tiny": 32,
+    "efficientnet_b0": 32,
+    "densenet121": 32,
+    "vit_b_32": 32,
+    "swin_t": 32,
+    "mobilenet_v2": 32,
+    "shufflenet_v2_x0_5": 32,
+}
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision_s_layers_are_what_hooks_see(name: str) -> None:
+    architecture = find_architecture(name)
+    layers = architecture.vlm_layers
+    assert len(layers) >= 3
+    backbone, _ = load_backbone(name, "random")
+    x = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    if name == "vit_b_32":
+        x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    seen = {}
+    for layer in layers:
+        module = backbone.network.get_submodule(layer)
+        module.register_forward_hook(lambda m, i, output, layer=layer: seen.update({layer: output.clone()}))
+    with torch.no_grad():
+        scores = backbone.network(x)
+        hooked = dict(seen)
+        found = backbone(x, [*layers, architecture.scores])
+    for layer in layers:
+        expected = nchw(hooked[layer], name, architecture.grid(layer, *x.shape[2:]))
+        torch.testing.assert_close(found[layer], expected, rtol=1e-4, atol=1e-5)
+        assert architecture.channels(layer) == expected.shape[1]
+        assert architecture.grid(layer, *x.shape[2:]) == tuple(expected.shape[2:])
+    torch.testing.assert_close(found[architecture.scores], scores, rtol=1e-4, atol=1e-5)
+    assert architecture.stride(layers[-1]) == (TORCHVISION[name],) * 2
+
+
+def test_node_before_an_in_place_addition() -> None:
+    backbone, _ = load_backbone("resnet18", "random")
+    x = torch.randn(1, 3, 64, 64)
+    found = backbone(x, ["conv1", "bn1", "layer1.0.bn2"])
+    network = backbone.network
+    normalised = network.bn1(network.conv1(x))
+    assert normalised.min() < 0 and torch.equal(found["bn1"], normalised)
+    y = network.maxpool(normalised.relu())
+    block = network.layer1[0]
+    assert torch.equal(found["layer1.0.bn2"], block.bn2(block.conv2(block.bn1(block.conv1(y)).relu())))
+
+
+def test_a_transformer_reads_images_of_other_sizes() -> None:
+    """Whole patches, with positions resized; at the training size torchvision's own result."""
+    architecture = find_architecture("vit_b_32")
+    layer = architecture.vlm_layers[0]
+    assert architecture.grid(layer, 100, 175) == (3, 5)
+    backbone, _ = load_backbone("vit_b_32", "random")
+    x = torch.randn(1, 3, 100, 175)
+    found = backbone(x, [layer])[layer]
+    assert found.shape == (1, 768, 3, 5)
+    torch.testing.assert_close(backbone(x[..., :96, :160], [layer])[layer], found)
+
+
+def test_unknown_networks_and_nodes_have_nearest_names() -> None:
+    with pytest.raises(UserError, match=r"no backbone 'resnet5O' \(nearest: .*resnet50.*\): choose from alexnet, "):
+        find_architecture("resnet5O")
+    with pytest.raises(UserError, match="resnet18 has no tap 'layer9': layer4.*are near.*--list-layers lists all"):
+        find_architecture("resnet18").check_tap("layer9")
+    with pytest.raises(UserError, match="avgpool of resnet18 gives no grid"):
+        find_architecture("resnet18").check_maps(["avgpool"])
+    with pytest.raises(UserError, match="is too small for layer4 of resnet18: give one of at least 33×33"):
+        find_architecture("resnet18").check_size("layer4", 30, 50)
+
+
+def test_taps_are_listed(capsys: pytest.CaptureFixture) -> None:
+    networks.print_taps("efficientnet_lite0")
+    lines = {line[2:].split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["block5"].split() == ["*", "block5", "40", "28×28", "8×8"]
+    assert lines["logits"].split() == ["logits", "1000", "vector", "-"]

@@ -522,6 +522,27 @@ def test_unknown_backbone():
         load_backbone("resnet")
 
 
+@pytest.mark.parametrize("nested", ["state_dict", "model", None])
+def test_weights_of_training_scripts(tmp_path, tiny, nested):
+    """Behind `module.`, as DataParallel leaves them, and among other things."""
+    state = {f"module.{name}": value for name, value in tiny.items()}
+    content = {nested: state, "epoch": 3} if nested else state
+    assert equal(find_weights(TINY, save_torch(content, tmp_path / "w")).parameters, tiny)
+    message = refusal(TINY, save_torch({"epoch": 3, "optimizer": {}}, tmp_path / "w"))
+    assert "holds epoch, optimizer, no state dict" in message
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"), (b"<!DOCTYPE html>", "web page"), (b"", "empty")],
+)
+def test_files_that_are_something_else_are_named(tmp_path, ending, content, kind):
+    path = tmp_path / f"w.{ending}"
+    path.write_bytes(content)
+    assert kind in refusal(TINY, path) and kind in refusal(TINY_CAFFE, path)
+
+
 def test_table_of_files():
     remote = [architecture.origin.remote for architecture in CHAINS]
     for file in (*remote, find.MEAN_IMAGE):
