@@ -1,13 +1,11 @@
 """Stage 4: CNN features -> the images that have them.
 
-In:  images whose feature is inverted, or features themselves (.npy), or rows of ROOT/images.npy; ROOT/vlm.safetensors,
-     of stage 3.
+In:  images to invert, or features (.npy), or rows of ROOT/images.npy; ROOT/vlm.safetensors of stage 3.
 Out: a folder per input with reconstruction.png and .npy (H, W, 3) float32 RGB, of the best restart; image.png, what
      was inverted; restart-<r>.png of each; snapshots/; curves.csv and curves.png with every term of the loss;
      comparison.png; parameters.json.
 
     python reconstruct.py photo.jpg --target pool5 --regularizer vlm
-    python reconstruct.py photo.jpg --regularizer tv --descent authors
     python reconstruct.py --held-out --regularizer tv
 """
 
@@ -117,8 +115,7 @@ def get_parser() -> options.Parser:
     parser.add_argument(
         "--statistics",
         type=options.readable_file,
-        help="projection.safetensors of stage 2 with the mean and std of taps that the checkpoint lacks (default: they "
-        "are measured on the sample photos)",
+        help="of stage 2: σ of taps that the checkpoint lacks (default: of sample photos)",
     )
     parser.add_argument("--target", metavar="TAP", help="feature to invert")
     parser.add_argument(
@@ -128,8 +125,7 @@ def get_parser() -> options.Parser:
     parser.add_argument(
         "--out",
         type=options.writable_folder,
-        help="folder, for several inputs one that holds a folder for each "
-        "(default: ROOT/reconstructions/<input>-<target>-<regularizer>-<descent>)",
+        help="folder, of several inputs one for each (default: below ROOT/reconstructions)",
     )
     add_objective_options(parser)
     add_descent_options(parser)
@@ -143,7 +139,7 @@ def add_objective_options(parser: options.Parser) -> None:
         "--regularizer",
         type=options.entry_of("models.objective", "REGULARIZERS"),
         metavar="none|l2|tv|vlm|vlm+tv",
-        help="vlm is the paper, none its control, l2 Simonyan's, tv Mahendran & Vedaldi's",
+        help="vlm is the paper's, none its control",
     )
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers that regularise (default: all weighted)")
     parser.add_argument("--layer-weights", nargs="+", type=weight, help="λ of --layers, in order")
@@ -170,7 +166,7 @@ def add_descent_options(parser: options.Parser) -> None:
         type=options.natural,
         nargs="*",
         metavar="ITERATION",
-        help="divide the rate by ten and forget the momentum after these, counted from 0 (paper: never)",
+        help="a tenth of the rate, and no momentum, after these, from 0 on (paper: never)",
     )
     parser.add_argument("--momentum", type=options.fraction, help="of the optimiser")
     parser.add_argument(
@@ -181,7 +177,7 @@ def add_descent_options(parser: options.Parser) -> None:
     parser.add_argument(
         "--frequency-exponent",
         type=options.non_negative_number,
-        help="fourier: coefficients are scaled by frequency to minus this; 0 treats all alike (default: 1)",
+        help="fourier: scale by frequency to minus this (default: 1; 0: all alike)",
     )
     parser.add_argument(
         "--decorrelate", action=argparse.BooleanOptionalAction, help="fourier: vary decorrelated colours (default: yes)"

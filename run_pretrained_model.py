@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 PRETRAINED = Path(__file__).parent / "models" / "pretrained"
 RECONSTRUCTION = PRETRAINED / "alexnet.safetensors"
 SALIENCY = PRETRAINED / "vgg16.safetensors"
-STATISTICS_IMAGES = 128
 ASSETS = Path(__file__).parent / "assets"
 DESCENTS = {  # reconstructions of the page: folder -> title, options of reconstruct.py
     "vlm": ("with language models", ["--regularizer", "vlm", "--descent", "fourier"]),
@@ -113,35 +112,16 @@ def make_layer_maps(run: Run, rgb: np.ndarray) -> "list[LayerResult]":
     return results
 
 
-def statistics_options(run: Run) -> list[str]:
-    """Options that give reconstruct.py σ of a tap that the shipped checkpoint lacks, measured on the sample photos."""
-    import extract_features
-    import prepare_images
-    from models.checkpoints import load_vlm
-
-    vlm, configuration = load_vlm(RECONSTRUCTION)
-    if run.target in vlm.statistics:
-        return []
-    print(f"standard deviation of {run.target}: measured on {STATISTICS_IMAGES} crops of sample photos", flush=True)
-    root = run.out / "statistics"
-    common = ["--preset", "demo", "--root", str(root)]
-    prepare_images.main([*common, "--source", "samples", "--num-images", str(STATISTICS_IMAGES)])
-    taps = ["--backbone", configuration["backbone"], "--layers", "conv5", "--statistics", run.target]
-    extract_features.main([*common, "--device", run.device, "--weights", run.weights, *taps])
-    return ["--statistics", str(root / "features" / "projection.safetensors")]
-
-
 def make_reconstructions(run: Run) -> Iterator[Path]:
     """Every descent of `DESCENTS`, one after the other."""
     import reconstruct
 
-    statistics = statistics_options(run)
     for name, (_, descent) in DESCENTS.items():
         iterations = min(run.iterations or AT_MOST, AT_MOST) if name == SMALL else run.iterations
         updates = ["--iterations", iterations] if iterations else []
         folder = run.out / "reconstructions" / name
         options = run.shared("--weights", run.weights, "--vlm", RECONSTRUCTION, "--target", run.target, "--out", folder)
-        reconstruct.main([str(run.image), *options, *statistics, *map(str, updates), *descent])
+        reconstruct.main([str(run.image), *options, *map(str, updates), *descent])
         yield folder
 
 

@@ -128,7 +128,7 @@ def get_parser() -> options.Parser:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="train nothing: add the layers of checkpoints that were trained elsewhere on the same projection",
+        help="train nothing: add layers trained elsewhere on the same projection",
     )
     parser.add_argument(
         "--export", type=options.writable_file, metavar="FILE", help="train nothing: write the checkpoint as float16"
@@ -143,7 +143,7 @@ def get_parser() -> options.Parser:
         "--from-iteration",
         type=options.natural,
         default=0,
-        help="with --init: the place in the schedule where its weights stand; the momentum begins at zero",
+        help="with --init: where in the schedule its weights stand",
     )
     cell = options.entry_of("models.vlm", "CELLS")
     parser.add_argument("--cell", type=cell, metavar="lstm|gru", help="recurrent model of every direction")

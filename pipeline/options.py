@@ -6,6 +6,7 @@ Nothing here imports torch, so that `--help` answers at once.
 import argparse
 import importlib
 import os
+import shutil
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,9 +27,59 @@ class Parser(argparse.ArgumentParser):
         """Print one line on stderr and exit with code 2."""
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (see --help)\n")
 
+    def format_help(self) -> str:
+        """Usage in one line, what the script does, and its options by `SECTIONS`."""
+        if any(isinstance(action, argparse._SubParsersAction) for action in self._actions):
+            return super().format_help()
+        formatter = self._get_formatter()
+        positionals = [action for action in self._actions if not action.option_strings]
+        names = [f"[{a.metavar}]" if a.nargs in ("?", "*") else f"{a.metavar}" for a in positionals]
+        formatter.add_text(" ".join([f"usage: {self.prog}", "[options]", *names]))
+        formatter.add_text(self.description)
+        for title in dict.fromkeys(SECTIONS.values()):
+            formatter.start_section(title)
+            formatter.add_arguments([a for a in self._actions if a.dest != "help" and SECTIONS.get(a.dest) == title])
+            formatter.end_section()
+        return formatter.format_help()
+
+
+SECTIONS = {  # of --help, by the option's name
+    **dict.fromkeys(
+        "inputs source image folders folder stimuli fixations dataset skip limit spoilings reconstructions maps "
+        "baseline images rows held_out exclude num_images workers strict features from_iteration merge export "
+        "figures max_side views random_crop flip".split(),
+        "inputs",
+    ),
+    **dict.fromkeys(
+        "preset backbone weights mean_image cache vlm init cell layers layer target statistics dtype pca_positions add "
+        "predictor regularizer layer_weights feature_weight vlm_weight l2_weight tv_weight".split(),
+        "model",
+    ),
+    **dict.fromkeys(
+        "descent iterations reconstruction_iterations batch_size joint_learning_rate learning_rate momentum decay_at "
+        "decay_factor precision restarts start_noise frequency_exponent decorrelate seed".split(),
+        "descent",
+    ),
+    **dict.fromkeys(
+        "out root overwrite verbose snapshot_every log_every checkpoint_every grid power blur centre_prior postprocess "
+        "first last dry_run".split(),
+        "output",
+    ),
+    **dict.fromkeys("device processes gflops".split(), "machine"),
+}
+METAVARS = {"positive": "N", "natural": "N", "positive_number": "X", "non_negative_number": "X", "fraction": "X"}
+METAVARS |= {"readable_file": "FILE", "writable_file": "FILE", "folder": "FOLDER", "writable_folder": "FOLDER"}
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Says of every option with a `Setting` what its default is, and where that is from."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=min(120, shutil.get_terminal_size().columns - 2))
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        name = getattr(action.type, "__name__", "")
+        return METAVARS.get(name) or super()._get_default_metavar_for_optional(action)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         setting = getattr(action, "setting", None)
@@ -84,8 +135,8 @@ def add_common_options(parser: argparse.ArgumentParser, *, workspace: bool) -> N
             "--preset",
             choices=sorted(PRESETS),
             default="alexnet",
-            help="whose defaults to take for all other options; alexnet_caffe and vgg19_caffe are the paper's "
-            "(default: alexnet)",
+            metavar="NAME",
+            help=f"whose defaults to take: {', '.join(sorted(PRESETS))} (…_caffe: the paper's; default: alexnet)",
         )
         parser.add_argument("--root", type=folder, help="workspace folder (default: out/<preset>)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes cuda, then mps, then cpu")
@@ -225,8 +276,7 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
         "--weights",
         default="auto",
         metavar="auto|random|FILE",
-        help="CNN weights: auto looks for the installed package, then downloads; a FILE (.pth, .safetensors, "
-        ".caffemodel, .ckpt) serves offline; random is a control (default: auto)",
+        help="of the CNN: auto takes the installed package, or downloads; random is a control (default: auto)",
     )
     parser.add_argument(
         "--mean-image",

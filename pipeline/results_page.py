@@ -18,11 +18,11 @@ from pipeline.report import Comparison, Group, LayerMap, Picture, Report, heat_m
 
 @dataclass(frozen=True)
 class LayerResult:
-    """Unnaturalness map (h-1, w-1) of a layer, whose cells are `stride` pixels of the photo apart."""
+    """Unnaturalness map (h-1, w-1) of a layer, whose cells are `stride` pixels of the photo apart, down and across."""
 
     title: str
     raw: np.ndarray
-    stride: int
+    stride: tuple[int, int]
 
 
 def detector_of_layers(path: Path, choice: WeightsChoice, device: torch.device, control: str = "") -> Detector:
@@ -81,11 +81,11 @@ def draw_figure(
     results_figure(top, list(rows.values()), FIGURE_NOTE, path, dpi=dpi)
 
 
-def on_photo(values: np.ndarray, height: int, width: int, stride: int) -> np.ndarray:
-    """A layer's values (h, w) over the photo (height, width): a square of the stride each, zeros around the centre."""
+def on_photo(values: np.ndarray, height: int, width: int, stride: tuple[int, int]) -> np.ndarray:
+    """A layer's values (h, w) over the photo (height, width): a stride's rectangle each, zeros around the centre."""
     from models.unnaturalness import pad_to
 
-    return pad_to(values.repeat(stride, axis=0).repeat(stride, axis=1), height, width)
+    return pad_to(values.repeat(stride[0], axis=0).repeat(stride[1], axis=1), height, width)
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -147,7 +147,6 @@ GUIDE = {  # what is in a folder of results, for README.txt
     "saliency/*.npy": "the saliency map in 0…1, and the unnaturalness map it is made of",
     "unnaturalness/": "errors of the language models of every layer; .png show their square root",
     "reconstructions/": "a folder for each descent: reconstruction.png, curves.csv, parameters.json",
-    "statistics/": "standard deviation of the feature, measured on sample photos",
 }
 WORKSPACE = {  # what is in a workspace of all stages
     "report.html": "the page: all results in one file, for a browser",

@@ -1,11 +1,17 @@
 """--help of every script and command answers without the libraries that take seconds to import."""
 
+import argparse
+import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline import options
+
+SCREEN_AND_A_HALF = 60  # lines of a terminal of 40
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [[path.name] for path in sorted(ROOT.glob("*.py"))]
 COMMANDS = [["evaluate.py", "fixations"], ["evaluate.py", "reconstruction"], ["benchmarks/run.py"]]
@@ -16,9 +22,30 @@ SLOW = {"torch", "torchvision", "scipy", "sklearn", "skimage", "matplotlib", "sa
 def test_help_imports_nothing_slow(command: list[str]) -> None:
     """By the list of what was imported, not by the clock."""
     result = subprocess.run(
-        [sys.executable, "-X", "importtime", *command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-X", "importtime", *command, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "COLUMNS": "122"},
     )
     assert result.returncode == 0, result.stderr
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
     assert "argparse" in imported and not imported & SLOW
     assert "usage:" in result.stdout
+    assert len(result.stdout.splitlines()) <= SCREEN_AND_A_HALF or command[0].startswith("benchmarks")
+
+
+def test_every_option_stands_in_a_section_of_help() -> None:
+    for name in [path.stem for path in sorted(ROOT.glob("*.py"))]:
+        parser = importlib.import_module(name).get_parser()
+        commands = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        for command in commands[0].choices.values() if commands else [parser]:
+            shown = {action.dest for action in command._actions} - {"help"}
+            assert shown <= options.SECTIONS.keys()
+            told = command.format_help()
+            assert all(
+                action.option_strings[0] in told
+                for action in command._actions
+                if action.dest != "help" and action.option_strings
+            )
