@@ -52,7 +52,7 @@ SECTIONS = {  # of --help, by the option's name
     ),
     **dict.fromkeys(
         "preset backbone weights mean_image cache vlm init cell layers layer target statistics dtype pca_positions add "
-        "predictor regularizer layer_weights feature_weight vlm_weight l2_weight tv_weight".split(),
+        "predictor list_layers regularizer layer_weights feature_weight vlm_weight l2_weight tv_weight".split(),
         "model",
     ),
     **dict.fromkeys(

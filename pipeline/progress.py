@@ -1,5 +1,6 @@
 """What a long piece of work shows, and where signals may stop it."""
 
+import shutil
 import signal
 import sys
 import threading
@@ -10,6 +11,9 @@ from typing import Any
 from pipeline import distributed
 
 LINE_INTERVAL = 20.0  # seconds between progress lines where there is no terminal
+
+NARROW = 100  # columns of a terminal below which numbers matter more than the bar
+NARROW_BAR = "{desc} {percentage:.0f}%, {remaining} left, {n_fmt}/{total_fmt}{postfix}"
 
 
 class Progress:
@@ -44,6 +48,7 @@ class Progress:
             unit_scale=self.unit == "B",
             initial=self.first,
             dynamic_ncols=True,
+            bar_format=NARROW_BAR if shutil.get_terminal_size().columns < NARROW else None,
         )
 
     def __enter__(self) -> "Progress":
