@@ -544,7 +544,7 @@ def test_odd_names_through_the_stages(tiny_root: Path, tmp_path: Path, capfd: py
     assert code == 2 and len(lines) == 1 and lines[0].isprintable() and "bad\\udcff\\n\\x1b.png" in lines[0]
     maps = [p for p in out.glob("*.npy") if not p.name.endswith("-unnaturalness.npy")]
     assert sorted(np.load(p).shape for p in maps) == [(70 + i, 80) for i in range(9)], "none overwrote another"
-    assert len(list(out.iterdir())) == 5 * 9
+    assert len(list(out.iterdir())) == 6 * 9
     options = ["--root", tiny_root, "--regularizer", "none", "--iterations", "1", "--target", "conv2"]
     inputs = [folder / os.fsdecode(name) for name in (*odd, b"a.png", b"sub/a.png")]
     assert outcome(reconstruct, [*inputs, *options, "--out", tmp_path / "pictures"], capfd) == (0, [])

@@ -39,7 +39,7 @@ def test_no_option_of_stage_2_and_3_has_a_second_default() -> None:
 def test_a_preset_claims_only_what_the_original_did() -> None:
     """It reconstructed from AlexNet's fc8 alone, and made maps of VGG-19 alone."""
     for name, preset in PRESETS.items():
-        carried = "saliency" if name.startswith(("alexnet", "demo")) else "reconstruct"
+        carried = "saliency" if name.startswith(("alexnet", "demo", "efficientnet")) else "reconstruct"
         assert CODE not in {setting.source for setting in preset[carried].values()}, name
         assert CARRIED in {setting.source for setting in preset[carried].values()}, name
     assert PRESETS["alexnet_caffe"]["reconstruct"]["target"].source == CODE
