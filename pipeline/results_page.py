@@ -73,7 +73,7 @@ def draw_figure(
     top = {"photo": (photo, 1.0), "where people look": (read_rgb(overlay), 1.0)}
     for title, folder in reconstructions.items():
         picture = read_rgb(folder / "reconstruction.png")
-        top[title.replace(", ", "\n", 1)] = (picture, 0.55 if folder.name == small else 1.0)
+        top[title.replace(", ", "\n")] = (picture, 0.55 if folder.name == small else 1.0)
     rows: dict[str, dict[str, np.ndarray]] = {}
     for layer in layers:
         row = layer.title.split()[0] if len(layers) > MOST_IN_ROW else ""
