@@ -411,6 +411,7 @@ def test_pretrained_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     Image.fromarray(make_photo(5, 120, 160)).convert("P").save(image)
     out = tmp_path / "out"
     options = ["--weights", "random", "--iterations", "1", "--target", "fc8", "--out", str(out)]
+    program._introduce.cache_clear()  # other tests of this process have printed it
     run_pretrained_model.main([str(image), *options])
     printed = capsys.readouterr().out
     page = out / "report.html"

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
+from threading import RLock, get_ident
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ GROWTH = 20_160  # pixels by which an image is enlarged to measure a stride: a m
 LARGEST = 2**14  # pixels of a side beyond which no least size is looked for
 REFUSALS = (RuntimeError, ValueError, AttributeError, AssertionError, KeyError)  # of a network, what does not fit
 LISTED = 20  # names that fit into a message
+_one_run = RLock()  # runs without data share a network, whose hooks would catch another thread's run
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +244,7 @@ class Architecture:
         """Taps of one image without data; empty where the network refuses it."""
         x = torch.empty(1, 3, height, width, device="meta")
         try:
-            with torch.no_grad():
+            with _one_run, torch.no_grad():
                 return self.reader.read(self.skeleton, x, layers)
         except REFUSALS:
             return {}
@@ -252,9 +254,10 @@ class Architecture:
 def _runs():
     """Collects the modules without parts that are run inside, each with the number of values it reads and gives."""
     runs: list[tuple[nn.Module, int]] = []
+    thread = get_ident()
 
     def note(module: nn.Module, inputs: tuple, output: object) -> None:
-        if next(module.children(), None) is None:
+        if get_ident() == thread and next(module.children(), None) is None:
             runs.append((module, sum(v.numel() for v in (*inputs, output) if isinstance(v, Tensor))))
 
     handle = register_module_forward_hook(note)

@@ -1,5 +1,7 @@
 """Networks with named taps: what is read is what hooks see, and what is measured is what a run finds."""
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -180,3 +182,13 @@ def test_taps_are_listed(capsys: pytest.CaptureFixture) -> None:
     lines = {line[2:].split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert lines["block5"].split() == ["*", "block5", "40", "28×28", "8×8"]
     assert lines["logits"].split() == ["logits", "1000", "vector", "-"]
+
+
+def test_threads_measure_one_network_at_once() -> None:
+    """Each gets its own answer, and memory counts no other thread's run."""
+    sizes = [(64 + 8 * i, 80 + 8 * i) for i in range(24)]
+    alone, shared = (replace(find_architecture("alexnet")) for _ in range(2))
+    expected = [(alone.grid("conv5", *size), alone.memory("conv5", *size)) for size in sizes]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda size: (shared.grid("conv5", *size), shared.memory("conv5", *size)), sizes))
+    assert found == expected

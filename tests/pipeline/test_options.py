@@ -105,7 +105,7 @@ def base_command(script: str, root: Path, fresh: bool = True) -> list[str]:
         "saliency": [str(root / "photo.png"), *stage, *random],
         "run_all": [*stage, *random, *once, "--source", str(root / "photos"), "--reconstruction-iterations", "1"]
         + ["--image", str(root / "photo.png"), "--layers", "conv1", "--num-images", "3"],
-        "run_pretrained_model": [str(root / "photo.png"), *alone, *once],
+        "run_pretrained_model": [str(root / "photo.png"), *alone, *once, "--target", "pool2"],
         "evaluate fixations": [*alone, "--stimuli", str(root / "photos"), "--fixations", str(root / "fixations.csv")]
         + maps,
         "evaluate reconstruction": [str(root / "reconstructions"), *alone],
