@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.list_layers:
         return networks.print_taps(args.backbone)
     views = Views.checked(args.views, args.random_crop, args.flip, args.seed)
-    device = networks.pick_device(args.device)
+    device = networks.prepare_device(args.device)
     folder = args.out or args.root / "features"
     with distributed.group(device), artefacts.claim(folder):
         from pipeline.features import STATE, FeatureFiles, check_room, clear, feature_facts, unfinished
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         held_out, training = split_for_statistics(args.held_out, names, args.seed)
         program.announce(args, device)
         taps = [*(args.layers or []), *(args.statistics or [])]
-        backbone, weights = networks.load_backbone(args, args.backbone, taps, device)
+        backbone, weights = networks.load_backbone(networks.WeightsChoice.of(args), args.backbone, taps, device)
         backbone = networks.lay_out(backbone)
         layers = list(dict.fromkeys(args.layers or backbone.architecture.vlm_layers))
         backbone.architecture.check_maps(layers)

@@ -158,21 +158,19 @@ def add_descent_options(parser: options.Parser) -> None:
         help="authors: each regulariser's own, on pixels; fourier: one for all, on Fourier coefficients",
     )
     parser.add_argument("--iterations", type=options.positive, help="updates of each restart")
-    parser.add_argument(
-        "--learning-rate", type=options.positive_number, help="(default: the descent's; paper: 524288, of pixels 0-255)"
-    )
+    parser.add_argument("--learning-rate", type=options.positive_number, help="of what is varied")
     parser.add_argument(
         "--decay-at",
         type=options.natural,
         nargs="*",
         metavar="ITERATION",
-        help="a tenth of the rate, and no momentum, after these, from 0 on (paper: never)",
+        help="a tenth of the rate, and no momentum, after these, from 0 on",
     )
     parser.add_argument("--momentum", type=options.fraction, help="of the optimiser")
     parser.add_argument(
         "--start-noise",
         type=options.non_negative_number,
-        help="strength of the start's noise, times that of the data (paper: 1; fourier: 0.1)",
+        help="strength of the start's noise, times that of the data",
     )
     parser.add_argument(
         "--frequency-exponent",
@@ -191,8 +189,8 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline import reconstruction, targets
 
     checkpoint, images = args.vlm or args.root / "vlm.safetensors", args.images or args.root / "images.npy"
-    vlm, configuration = load_vlm(checkpoint)
-    held_out_by = configuration if args.held_out else None
+    vlm, notes = load_vlm(checkpoint)
+    held_out_by = notes.training if args.held_out else None
     sources, problems = targets.list_sources(args.inputs, args.rows or [], held_out_by, images)
     descent, schedule = reconstruction.choose_descent(
         args.descent,
@@ -207,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     objective = reconstruction.choose_objective(
         args.regularizer,
         args.target,
-        configuration["backbone"],
+        notes.backbone,
         list(vlm.layers),
         layers=args.layers,
         layer_weights=args.layer_weights,
@@ -217,11 +215,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     if descent.start == "zero" and args.restarts > 1:
         raise UserError(f"every descent of {args.regularizer} starts from the same image: use --restarts 1")
-    device = networks.pick_device(args.device)
-    rate = {"learning_rate": schedule.learning_rate, "decay_at": schedule.decay_at}
-    effective = {"iterations": descent.iterations, "vlm_weight": objective.vlm_weight, **rate}
+    device = networks.prepare_device(args.device)
+    effective = {name: getattr(descent, name) for name in ("iterations", "learning_rate", "momentum")}
+    effective |= {"decay_at": schedule.decay_at, "start_noise": descent.noise, "vlm_weight": objective.vlm_weight}
     program.announce(options.replace(args, **effective), device)
-    backbone, weights = networks.load_backbone(args, configuration["backbone"], [args.target], device)
+    backbone, weights = networks.load_backbone(networks.WeightsChoice.of(args), notes.backbone, [args.target], device)
     taps = reconstruction.taps_measured(objective, descent)
     statistics, measured = targets.needed_statistics(vlm.statistics, args.statistics, backbone, taps)
     task = reconstruction.Task(

@@ -79,7 +79,9 @@ def run_stage(name: str, argv: list[str]) -> None:
         raise UserError(f"{name}.py failed: see the lines above")
 
 
-def print_plan(args: argparse.Namespace) -> None:
+def print_plan(
+    commands: dict[str, list[list[str]]], preset: str, layers: list[str] | None, processes: int, gflops: float
+) -> None:
     """Every stage's commands, every value that they will use with its source, and what the stage will cost."""
     import importlib
 
@@ -88,12 +90,12 @@ def print_plan(args: argparse.Namespace) -> None:
     from pipeline import plan
 
     used = {}
-    for stage, commands in stage_commands(args).items():
+    for stage, of_stage in commands.items():
         parser = importlib.import_module(stage).get_parser()
-        used[stage] = [(argv, options.parse_args(parser, argv, stage)) for argv in commands]
+        used[stage] = [(argv, options.parse_args(parser, argv, stage)) for argv in of_stage]
     first = {stage: parsed[0][1] for stage, parsed in used.items()}
     architecture = find_architecture(first["extract_features"].backbone)
-    layers = args.layers or list(architecture.vlm_layers)
+    layers = layers or list(architecture.vlm_layers)
     images = first["prepare_images"].num_images or plan.PAPER_IMAGES
     costs = plan.costs(
         architecture,
@@ -105,22 +107,22 @@ def print_plan(args: argparse.Namespace) -> None:
         or descent_for(first["reconstruct"].descent, first["reconstruct"].regularizer).iterations,
         pca_positions=first["extract_features"].pca_positions,
         itemsize=2 if first["extract_features"].dtype == "float16" else 4,
-        processes=args.processes,
+        processes=processes,
     )
     for stage, parsed in used.items():
         print(f"\n{stage}.py")
         for argv, stage_args in parsed:
             print(f"  $ python {stage}.py {shlex.join(argv)}")
-            for name, (value, source) in plan.values_used(stage, args.preset, vars(stage_args), layers).items():
-                print(f"    {name:<22} {options.show(value):<28} {source}")
-        for rule in plan.rules(stage, architecture, first["reconstruct"].target):
+            for name, (value, source) in plan.values_used(stage, preset, vars(stage_args), layers).items():
+                print(f"    {name:<22} {options.show(value) or 'none':<28} {source}")
+        for rule in plan.rules(architecture, first[stage].target) if stage == "reconstruct" else []:
             print(f"    {rule.value} ({rule.source})")
-        cost, processes = costs[stage], 1 if stage in NOT_SHARED else args.processes
-        hours = cost.hours(args.gflops, processes)
+        cost, sharing = costs[stage], 1 if stage in NOT_SHARED else processes
+        hours = cost.hours(gflops, sharing)
         took = f"{hours:.2g} h" if hours >= 0.1 else f"{3600 * hours:.2g} s"
         disk, memory = artefacts.format_bytes(cost.disk), artefacts.format_bytes(cost.memory)
-        each = f" of each of {processes} processes" if processes > 1 else ""
-        print(f"    computed: disk {disk}, memory {memory}, {took} of arithmetic at {args.gflops:g} GFLOP/s{each}")
+        each = f" of each of {sharing} processes" if sharing > 1 else ""
+        print(f"    computed: disk {disk}, memory {memory}, {took} of arithmetic at {gflops:g} GFLOP/s{each}")
     print(f"\ncomputed for {images} images")
 
 
@@ -190,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     if not chosen:
         raise UserError(f"--from {args.first} comes after --to {args.last}: exchange them")
     if args.dry_run:
-        print_plan(args)
+        print_plan(stage_commands(args), args.preset, args.layers, args.processes, args.gflops)
         return
     if "prepare_images" in chosen and args.source is None and args.preset != "demo":
         raise UserError(f"--source is missing: preset {args.preset} trains on your images (or use --preset demo)")

@@ -90,7 +90,7 @@ def open_detector(run: Run, checkpoint: Path, *, control: str = "") -> "Detector
     from pipeline.results_page import detector_of_layers
 
     weights = networks.WeightsChoice(run.weights if checkpoint == RECONSTRUCTION else "auto", None, run.cache, run.seed)
-    return detector_of_layers(checkpoint, weights, networks.pick_device(run.device), control)
+    return detector_of_layers(checkpoint, weights, networks.prepare_device(run.device), control)
 
 
 def make_saliency(run: Run) -> None:
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"{PLAN.format(image=program.printable(run.image.name), target=run.target)}\n{run.out / PAGE}\n", flush=True
         )
-    program.announce(args, networks.pick_device(args.device))
+    program.announce(args, networks.prepare_device(args.device))
     if args.figures:
         results = ", ".join(map(str, make_readme_pictures(run, args.out or ASSETS, started)))
     else:

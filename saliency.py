@@ -177,7 +177,7 @@ def load_detectors(
 def main(argv: list[str] | None = None) -> int:
     """Run the stage; 2 if any image could not be read."""
     args = options.parse_args(get_parser(), argv, "saliency")
-    device = networks.pick_device(args.device)
+    device = networks.prepare_device(args.device)
     out = args.out or args.root / "saliency"
     with distributed.group(device), artefacts.claim(out):
         from pipeline.detector import Postprocess, each

@@ -120,65 +120,59 @@ def train_on_disk(
 def get_parser() -> options.Parser:
     """Options; those without a default here take the preset's."""
     parser = options.stage_parser(__doc__)
-    parser.add_argument("--features", type=options.folder, help="folder of stage 2 (default: ROOT/features)")
-    parser.add_argument("--out", type=options.writable_file, help="checkpoint to write (default: ROOT/vlm.safetensors)")
-    parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to train now (default: all extracted)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--features", type=options.folder, help="folder of stage 2 (default: ROOT/features)")
+    add("--out", type=options.writable_file, help="checkpoint to write (default: ROOT/vlm.safetensors)")
+    add("--layers", nargs="+", metavar="LAYER", help="layers to train now (default: all extracted)")
+    add(
         "--merge",
         nargs="+",
         type=Path,
         metavar="FILE",
         help="train nothing: add layers trained elsewhere on the same projection",
     )
-    parser.add_argument(
-        "--export", type=options.writable_file, metavar="FILE", help="train nothing: write the checkpoint as float16"
-    )
-    parser.add_argument(
+    add("--export", type=options.writable_file, metavar="FILE", help="train nothing: write the checkpoint as float16")
+    add(
         "--init",
         type=options.readable_file,
         metavar="FILE",
         help="checkpoint whose weights the training starts from (paper: N(0, 0.01²))",
     )
-    parser.add_argument(
-        "--from-iteration",
-        type=options.natural,
-        default=0,
-        help="with --init: where in the schedule its weights stand",
+    add(
+        "--from-iteration", type=options.natural, default=0, help="with --init: where in the schedule its weights stand"
     )
     cell = options.entry_of("models.vlm", "CELLS")
-    parser.add_argument("--cell", type=cell, metavar="lstm|gru", help="recurrent model of every direction")
-    parser.add_argument("--iterations", type=options.positive, help="updates")
-    parser.add_argument("--batch-size", type=options.positive, help="images of an update")
-    parser.add_argument(
+    add("--cell", type=cell, metavar="lstm|gru", help="recurrent model of every direction")
+    add("--iterations", type=options.positive, help="updates")
+    add("--batch-size", type=options.positive, help="images of an update")
+    add(
         "--joint-learning-rate",
         type=options.positive_number,
         help="learning rate where six layers are trained jointly; the loss is the mean over the layers of a run",
     )
-    parser.add_argument("--learning-rate", type=options.positive_number, help="learning rate of this run")
-    parser.add_argument("--momentum", type=options.fraction, help="of gradient descent")
-    parser.add_argument(
+    add("--learning-rate", type=options.positive_number, help="learning rate of this run")
+    add("--momentum", type=options.fraction, help="of gradient descent")
+    add(
         "--decay-at",
         type=options.positive,
         nargs="*",
         help="updates after which the learning rate falls and the momentum is reset",
     )
-    parser.add_argument("--decay-factor", type=options.positive_number, help="of the learning rate at each of them")
-    parser.add_argument(
+    add("--decay-factor", type=options.positive_number, help="of the learning rate at each of them")
+    add(
         "--held-out",
         type=options.count_or_file,
         metavar="COUNT|FILE",
         help="images for the validation loss: how many, or a text file of their names",
     )
-    parser.add_argument(
-        "--exclude", nargs="+", default=[], metavar="PATTERN", help="images, by name, that are not trained on either"
-    )
-    parser.add_argument(
+    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="images, by name, that are not trained on either")
+    add(
         "--precision",
         choices=PRECISIONS,
         help="of the products; bfloat16: mixed precision, for CUDA and CPUs that have it",
     )
-    parser.add_argument("--log-every", type=options.positive, default=100, help="updates between log lines")
-    parser.add_argument("--checkpoint-every", type=options.positive, help="updates between checkpoints")
+    add("--log-every", type=options.positive, default=100, help="updates between log lines")
+    add("--checkpoint-every", type=options.positive, help="updates between checkpoints")
     return parser
 
 
@@ -200,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--from-iteration tells where the weights of --init stand: give both, or neither")
     if args.from_iteration >= args.iterations:
         raise UserError(f"--from-iteration {args.from_iteration} leaves nothing of --iterations {args.iterations}")
-    device = networks.pick_device(args.device)
+    device = networks.prepare_device(args.device)
     with distributed.group(device):
         from pipeline.features import open_features
 

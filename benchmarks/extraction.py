@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import extract_features
-from benchmarks.networks import make_backbone, make_projection
+from benchmarks.random_networks import make_backbone, make_projection
 from benchmarks.timing import SEED, Figure, Report, Setup, ratio, seconds
 from models.backbones import ARCHITECTURES, Backbone
 from pipeline import artefacts

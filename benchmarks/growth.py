@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from benchmarks import training
-from benchmarks.networks import make_backbone, make_projection
+from benchmarks import updates
+from benchmarks.random_networks import make_backbone, make_projection
 from benchmarks.timing import SEED, Figure, Report, Setup, exponent, seconds
 from models.training import update as update_models
 from models.unnaturalness import BLUR, postprocess, unnaturalness_map
@@ -81,10 +81,10 @@ def update(setup: Setup) -> list[Report]:
         functions, flops = {}, {}
         for size, (batch, side, d) in by_size.items():
             sizes = {"conv5": (side, side, d)}
-            models, projected = training.make_models(sizes, setup), training.draw(sizes, batch, setup)
-            arguments = (models, projected, training.optimizer_of(models))
+            models, projected = updates.make_models(sizes, setup), updates.draw(sizes, batch, setup)
+            arguments = (models, projected, updates.optimizer_of(models))
             functions[size] = lambda arguments=arguments: update_models(*arguments)
-            flops[size] = training.flops(sizes, batch)
+            flops[size] = updates.flops(sizes, batch)
         reports.append(fit(what, flops, functions, setup))
     return reports
 

@@ -14,7 +14,7 @@ import torch
 
 import train_vlm
 from benchmarks.timing import SEED, Figure, Report, Setup, ratio, seconds
-from benchmarks.training import make_models, optimizer_of
+from benchmarks.updates import make_models, optimizer_of
 from models import training
 from pipeline import artefacts
 from pipeline.features import open_features, read_batch

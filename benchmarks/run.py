@@ -29,7 +29,15 @@ sys.path[0] = str(Path(__file__).parent.parent)
 from evaluation import tables  # noqa: E402
 from pipeline import artefacts, networks, options, program  # noqa: E402
 
-PARTS = ("training", "extraction", "memory", "reconstruction", "saliency", "startup", "growth")
+PARTS = {  # module by name
+    "training": "updates",
+    "extraction": "extraction",
+    "memory": "memory",
+    "reconstruction": "descents",
+    "saliency": "image_folder",
+    "startup": "startup",
+    "growth": "growth",
+}
 HEAD = ("figure", "median", "min", "max", "goal", "", "note")
 
 
@@ -82,7 +90,7 @@ def write(out: Path, results: dict[str, Any], lines: list[list[str]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Measure the parts asked for; what is done is on disk after each."""
     args = get_parser().parse_args(argv)
-    device = networks.pick_device(args.device)
+    device = networks.prepare_device(args.device)
     program.announce(args, device)
     import torch
 
@@ -102,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             setup = Setup(args.repeats, device, torch.get_num_threads(), Path(folder), args.quick)
-            report = importlib.import_module(f"benchmarks.{name}").measure(setup)
+            report = importlib.import_module(f"benchmarks.{PARTS[name]}").measure(setup)
         took = time.monotonic() - began
         print(f"{name}: {took:.0f} s", flush=True)
         figures = [figure.as_json() for figure in report.figures]

@@ -1,11 +1,15 @@
-"""What an evaluation has scored so far, so that one that was killed goes on."""
+"""What every evaluation does: it takes up what an earlier run scored, scores the rest, and writes its results."""
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline import artefacts, distributed
+from pipeline.progress import Progress
+
+JOURNAL = "scores.partial"
 
 
 def text_sha256(text: str) -> str:
@@ -48,3 +52,62 @@ class Journal:
         """Note the scores of an image, JSON values."""
         self.scores[name] = scores
         artefacts.append_text(self.path, json.dumps([name, scores]) + "\n")
+
+
+def is_shown(out: Path, facts: artefacts.Facts, overwrite: bool) -> bool:
+    """Whether an evaluation of these facts is finished in `out`; then its tables are printed.
+
+    Raises:
+        UserError: one of other facts is.
+    """
+    if not distributed.first(lambda: artefacts.reuse(out / "summary.json", facts, overwrite)):
+        return False
+    artefacts.discard(out / JOURNAL)
+    print((out / "table.md").read_text(encoding="utf-8"))
+    print(f"{out} is finished: nothing to do")
+    return True
+
+
+def score_all(
+    names: Sequence[str], score: Callable[[str], Any], out: Path, facts: artefacts.Facts, overwrite: bool
+) -> dict[str, Any]:
+    """Scores (JSON values) by name, in order. Ranks share what an earlier run of these facts left unscored."""
+    journal = Journal(out / JOURNAL, facts, overwrite)
+    if journal.scores:
+        print(f"{len(journal.scores)} images were scored before")
+    mine = distributed.share([name for name in names if name not in journal.scores])
+
+    def score_mine() -> None:
+        with Progress(len(mine), "evaluating", "images") as progress:
+            for name in mine:
+                journal.add(name, score(name))
+                progress.update(note=f"{name:.40}")
+
+    distributed.together(score_mine)
+    found = {name: of_image for part in distributed.gather(journal.scores) for name, of_image in part.items()}
+    return {name: found[name] for name in names}
+
+
+def write_results(
+    out: Path,
+    facts: artefacts.Facts,
+    *,
+    scores: str,
+    table: str,
+    summary: artefacts.Facts,
+    pictures: Callable[[], object],
+    what: str,
+) -> None:
+    """scores.csv, table.md, the pictures, which are drawn now, summary.json and last its sidecar; says so.
+
+    Args:
+        what: the pictures, and of how many images.
+    """
+    artefacts.write_text(out / "scores.csv", scores)
+    artefacts.write_text(out / "table.md", table)
+    pictures()
+    artefacts.write_json(out / "summary.json", summary)
+    artefacts.write_json(artefacts.sidecar_path(out / "summary.json"), facts)
+    artefacts.discard(out / JOURNAL)
+    print(table)
+    print(f"{out}: scores.csv, summary.json, table.md and {what}")

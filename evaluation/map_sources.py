@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from pipeline.detector import Detector, Postprocess, Reading
 
-PRETRAINED = Path(__file__).parent.parent / "models" / "pretrained"
 NOTHING, RANDOM = "predict-nothing", "random-cnn"
 Maps = dict[str, np.ndarray]
 
@@ -282,17 +281,6 @@ def _row(reading: "Reading", source: str, beside: Sequence[str]) -> Row:
     if reading.predictor == LANGUAGE_MODEL:
         return Row("model", f"language model of {reading.layer} in {about}", controls)
     return Row("model", f"{reading.predictor} in place of the language model of {reading.layer} in {about}", controls)
-
-
-def shipped_checkpoints() -> list[Path]:
-    """The checkpoints in models/pretrained.
-
-    Raises:
-        UserError: there are none.
-    """
-    if not (found := sorted(PRETRAINED.glob("*.safetensors"))):
-        raise UserError("there is nothing to evaluate: give checkpoints with --vlm, or folders of maps with --maps")
-    return found
 
 
 def check_names(sources: Sequence[Source]) -> None:

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 
     from models.backbones import Backbone
     from models.vlm import VisualLanguageModel
+    from pipeline.detector import Checkpoint
 
 MODEL, RELATIVE, NOTHING, RANDOM = "language model", "relative", "predict nothing", "random CNN"
 PREDICTORS = {  # the columns of the tables
@@ -76,8 +76,8 @@ class Reader:
                     losses, maps = losses_and_maps(projected[layer], predictors)
                 yield (title, name), (losses.cpu().double().numpy(), maps.cpu().double().numpy())
 
-    def stride(self, title: str) -> int:
-        """Pixels from cell to cell of a title's map."""
+    def stride(self, title: str) -> tuple[int, int]:
+        """Pixels from cell to cell of a title's map, down and across."""
         layer = next(layer for layer, name in self.titles.items() if name == title)
         return self.backbone.architecture.stride(layer)
 
@@ -88,12 +88,12 @@ def _ratio(values: np.ndarray, to: np.ndarray) -> np.ndarray:
 
 
 def load_readers(
-    checkpoints: Mapping[Path, "tuple[VisualLanguageModel, artefacts.Facts]"],
+    checkpoints: "Sequence[Checkpoint]",
     wanted: Sequence[str] | None,
     choice: networks.WeightsChoice,
     device: "torch.device",
 ) -> list[Reader]:
-    """A reader with the trained network and one with a random one for every checkpoint (path -> model, configuration).
+    """A reader with the trained network and one with a random one for every checkpoint.
 
     Args:
         wanted: layers, None for all.
@@ -101,39 +101,37 @@ def load_readers(
     """
     from pipeline.detector import choose_layers  # torch, which --help does not wait for
 
-    there = {path: list(vlm.layers) for path, (vlm, _) in checkpoints.items()}
+    there = {checkpoint.path: list(checkpoint.vlm.layers) for checkpoint in checkpoints}
     chosen = choose_layers(there, wanted) if wanted else there
     readers: list[Reader] = []
     taken: Counter[str] = Counter()
-    for path, (vlm, configuration) in checkpoints.items():
-        name, titles = configuration["backbone"], {}
-        for layer in chosen[path]:
+    for checkpoint in checkpoints:
+        name, layers, titles = checkpoint.backbone, chosen[checkpoint.path], {}
+        for layer in layers:
             taken[title := f"{name}-{layer}"] += 1
             titles[layer] = title if taken[title] == 1 else f"{title}-{taken[title]}"
-        vlm = vlm.freeze().to(device)
-        facts = {"backbone": name, "vlm_sha256": artefacts.file_sha256(path), "layers": titles}
+        facts = {"backbone": name, "vlm_sha256": checkpoint.sha256, "layers": titles}
         for random in (False, True):
             drawn = replace(choice, weights="random") if random else choice
-            backbone, weights = networks.load_backbone(drawn, name, chosen[path], device)
+            backbone, weights = networks.load_backbone(drawn, name, layers, device)
             described = {**facts, **networks.weights_facts(backbone, weights), "random": random}
-            readers.append(Reader(backbone, vlm, titles, random, weights.source, described))
+            readers.append(Reader(backbone, checkpoint.vlm, titles, random, weights.source, described))
     return readers
 
 
-def common_held_out(checkpoints: Mapping[Path, "tuple[VisualLanguageModel, artefacts.Facts]"]) -> list[str]:
+def common_held_out(checkpoints: "Sequence[Checkpoint]") -> list[str]:
     """Names of the images that no layer of any checkpoint was trained on, as they state.
 
     Raises:
         UserError: a checkpoint does not say so, or there are none.
     """
     common: set[str] | None = None
-    for path, (_, configuration) in checkpoints.items():
-        for layer, facts in configuration["training"].items():
+    for checkpoint in checkpoints:
+        for layer, facts in checkpoint.training.items():
             names = facts.get("held_out_names")
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise UserError(
-                    f"{path} does not say which images were held out from {layer}: give a folder of such images"
-                )
+                what = f"{checkpoint.path} does not say which images were held out from {layer}"
+                raise UserError(f"{what}: give a folder of such images")
             common = set(names) if common is None else common & set(names)
     if not common:
         raise UserError("no image was held out from every layer: give a folder of images that none was trained on")

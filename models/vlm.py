@@ -312,7 +312,3 @@ class VisualLanguageModel(nn.Module):
     def losses(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Loss by layer on raw feature maps (N, C, H, W); their mean is the paper's loss."""
         return {name: self.layers[name].loss(self.projections[name](x)) for name, x in features.items()}
-
-    def unnaturalness_maps(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Map (N, H-1, W-1) by layer on raw feature maps (N, C, H, W)."""
-        return {name: self.layers[name].unnaturalness_map(self.projections[name](x)) for name, x in features.items()}

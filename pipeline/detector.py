@@ -56,7 +56,7 @@ class Postprocess:
     blur: float = unnaturalness.BLUR
     centre_prior: float = 0.0
 
-    def __call__(self, raw: np.ndarray, height: int, width: int, stride: int) -> np.ndarray:
+    def __call__(self, raw: np.ndarray, height: int, width: int, stride: unnaturalness.Stride) -> np.ndarray:
         """Map (h-1, w-1) -> (height, width), float64 in 0…1, or uint8 where `kind` is original."""
         finish = unnaturalness.postprocess_original if self.kind == "original" else unnaturalness.postprocess
         saliency = finish(raw, height, width, stride, self.power, self.blur)
@@ -77,14 +77,13 @@ class Checkpoint:
     backbone: str
     vlm: VisualLanguageModel
     sha256: str
-    training: Mapping[str, artefacts.Facts] = field(default_factory=dict)
+    training: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "Checkpoint":
         """Read it; a UserError says what is wrong with the file."""
-        vlm, configuration = load_vlm(path)
-        digest = artefacts.file_sha256(path)
-        return cls(path, configuration["backbone"], vlm.freeze().to(device), digest, configuration["training"])
+        vlm, notes = load_vlm(path)
+        return cls(path, notes.backbone, vlm.freeze().to(device), artefacts.file_sha256(path), notes.training)
 
 
 @dataclass(frozen=True)
@@ -104,10 +103,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Detector:
-    """A frozen CNN and its readings by name; `source` says where its weights are from, `facts` what they are.
-
-    On a CPU the weights lie channels last, in which convolutions are fastest there.
-    """
+    """A frozen CNN and its readings by name; `source` says where its weights are from, `facts` what they are."""
 
     backbone: Backbone
     facts: artefacts.Facts
@@ -125,9 +121,8 @@ class Detector:
         (name,) = {reading.checkpoint.backbone for reading in by_name.values()}
         layers = list(dict.fromkeys(reading.layer for reading in by_name.values()))
         backbone, weights = networks.load_backbone(choice, name, layers, device)
-        if device.type == "cpu":
-            backbone = backbone.to(memory_format=torch.channels_last)
-        return cls(backbone, {"backbone": name, **networks.weights_facts(backbone, weights)}, weights.source, by_name)
+        facts = {"backbone": name, **networks.weights_facts(backbone, weights)}
+        return cls(networks.lay_out(backbone), facts, weights.source, by_name)
 
     def unnaturalness(self, rgb: np.ndarray, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """Map (h-1, w-1) float64 of an image (H, W, 3) uint8 for some readings (default: all), in one pass.

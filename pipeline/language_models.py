@@ -49,8 +49,8 @@ def start_from(path: Path, vlm: "VisualLanguageModel", backbone: str) -> str:
 
     from models.checkpoints import load_vlm
 
-    trained, noted = load_vlm(path)
-    if changed := artefacts.differences(noted, {"backbone": backbone}):
+    trained, notes = load_vlm(path)
+    if changed := artefacts.differences(vars(notes), {"backbone": backbone}):
         raise UserError(f"{path} does not fit ({'; '.join(changed)}): give another --init")
     for name, layer in vlm.layers.items():
         if name not in trained.layers:
@@ -138,12 +138,12 @@ def merge_files(files: Sequence[Path], out: Path, root: Path, overwrite: bool) -
     from models.checkpoints import load_vlm, read_tensors, vlm_tensors
 
     for path in files:
-        vlm, configuration = load_vlm(path)
+        vlm, notes = load_vlm(path)
         tensors = vlm_tensors(vlm)
         with merging(root):
             if out.is_file():
                 earlier, noted = read_tensors(out)
-                check_projection(path, configuration, noted)
+                check_projection(path, notes.configuration, noted)
                 for name, value in () if overwrite else tensors.items():
                     if name in earlier and not torch.equal(earlier[name], value):
                         raise UserError(
@@ -151,7 +151,7 @@ def merge_files(files: Sequence[Path], out: Path, root: Path, overwrite: bool) -
                             "use --overwrite to take the former"
                         )
             log = merge_log(root / "log.csv", [], [])
-            merge_checkpoint(out, tensors, configuration, log, root / "figures" / "loss.png")
+            merge_checkpoint(out, tensors, notes.configuration, log, root / "figures" / "loss.png")
         print(f"{out}: {', '.join(vlm.layers)} of {path}")
 
 
@@ -161,6 +161,6 @@ def export(checkpoint: Path, out: Path) -> None:
 
     from models.checkpoints import load_vlm, vlm_tensors
 
-    vlm, configuration = load_vlm(checkpoint)
-    artefacts.write_tensors(out, vlm_tensors(vlm, torch.float16), {**configuration, "dtype": "float16"})
+    vlm, notes = load_vlm(checkpoint)
+    artefacts.write_tensors(out, vlm_tensors(vlm, torch.float16), {**notes.configuration, "dtype": "float16"})
     print(f"{out}: {', '.join(vlm.layers)} of {checkpoint} as float16")

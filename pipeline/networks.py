@@ -4,16 +4,25 @@ import argparse
 import ctypes
 import hashlib
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from models.errors import UserError
 from pipeline import distributed
 from pipeline.progress import Progress
 
+if TYPE_CHECKING:
+    import torch
+
+    from models.backbones import Backbone
+    from models.weights.find import Weights
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 KEPT_BYTES = 2**30
+PRETRAINED = Path(__file__).parent.parent / "models" / "pretrained"
 
 
 @dataclass(frozen=True)
@@ -32,9 +41,9 @@ class WeightsChoice:
 
 
 def load_backbone(
-    args: argparse.Namespace | WeightsChoice, name: str, layers: list[str], device: Any
-) -> tuple[Any, Any]:
-    """The backbone and its `Weights` for the options of `add_weights_options`, on a device; says what was taken.
+    choice: WeightsChoice, name: str, layers: Collection[str], device: "torch.device"
+) -> "tuple[Backbone, Weights]":
+    """A backbone and its weights on a device; says which were taken.
 
     `layers` are the taps that will be read: they decide whether convolutions alone are enough.
     """
@@ -43,25 +52,31 @@ def load_backbone(
     with Progress(None, "weights", "B") as progress:
         backbone, weights = load_backbone(
             name,
-            args.weights,
+            choice.weights,
             layers=layers,
-            mean_image=args.mean_image or "auto",
-            cache=args.cache,
+            mean_image=choice.mean_image or "auto",
+            cache=choice.cache,
             progress=progress.download,
-            seed=args.seed,
+            seed=choice.seed,
         )
-    print(f"weights: {weights.source}, sha256 {weights.sha256[:16]}", flush=True)
+    _say_once(f"weights: {weights.source}, sha256 {weights.sha256[:16]}")
     return backbone.to(device), weights
 
 
-def lay_out(backbone: Any) -> Any:
-    """The backbone with its weights in the memory layout that is fastest on its device."""
+@cache
+def _say_once(line: str) -> None:
+    """Print a line, unless this process has printed it before."""
+    print(line, flush=True)
+
+
+def lay_out(backbone: "Backbone") -> "Backbone":
+    """The backbone with its weights in the memory layout that is fastest on its device: channels last on a CPU."""
     import torch
 
     return backbone.to(memory_format=torch.channels_last) if backbone.device.type == "cpu" else backbone
 
 
-def weights_facts(backbone: Any, weights: Any) -> dict[str, str]:
+def weights_facts(backbone: "Backbone", weights: "Weights") -> dict[str, str]:
     """What a sidecar states of the CNN's weights, and of the mean image where there is one."""
     facts = {"weights_sha256": weights.sha256}
     if backbone.mean_image is not None:
@@ -85,18 +100,31 @@ def print_taps(name: str) -> None:
         print(f"{'*' if tap in architecture.vlm_layers else ' '} {tap:<48} {architecture.channels(tap):>8} {shape}")
 
 
-def checkpoint_backbone(path: Path) -> str:
-    """Name of the backbone that a checkpoint reads."""
-    from models.checkpoints import read_tensors
+def shipped_checkpoints() -> list[Path]:
+    """The checkpoints in models/pretrained.
 
-    name = read_tensors(path)[1].get("backbone")
-    if not isinstance(name, str):
-        raise UserError(f"{path} does not say which backbone it reads: give another file")
-    return name
+    Raises:
+        UserError: there are none.
+    """
+    if not (found := sorted(PRETRAINED.glob("*.safetensors"))):
+        raise UserError("there is nothing to evaluate: give checkpoints with --vlm")
+    return found
 
 
-def pick_device(name: str):
-    """The torch device for an option value of `DEVICES`.
+def prepare_device(name: str) -> "torch.device":
+    """The torch device of --device, one of `options.DEVICES`, and this process made ready for long work on it.
+
+    Raises:
+        UserError: the device asked for is not there.
+    """
+    device = pick_device(name)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
+
+
+def pick_device(name: str) -> "torch.device":
+    """The torch device of --device; of several ranks each has its own.
 
     Raises:
         UserError: the device asked for is not there.
@@ -108,8 +136,6 @@ def pick_device(name: str):
         name = next(device for device, there in available.items() if there)
     if not available[name]:
         raise UserError(f"--device {name} is not available here: use --device auto or cpu")
-    if name == "cpu":
-        keep_freed_memory()
     if name == "cuda" and distributed.launched():
         if distributed.local_rank() >= torch.cuda.device_count():
             raise UserError(f"{torch.cuda.device_count()} CUDA devices are too few: lower --nproc-per-node to that")
@@ -121,7 +147,7 @@ def keep_freed_memory() -> None:
     """Let the C library keep freed memory for what is allocated next; where it is not glibc, nothing changes.
 
     It gives large blocks back to the system, which then has to hand out and clear the pages of the same tensors in
-    every update: a quarter of an update's time.
+    every update (docs/RESULTS.md, speed).
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):

@@ -42,8 +42,9 @@ def values_used(stage: str, preset: str, used: Mapping[str, Any], layers: list[s
         derived["learning_rate"] = share_of_rate(used["joint_learning_rate"], len(layers))
     if stage == "reconstruct":
         descent = descent_for(used["descent"], used["regularizer"])
-        has_vlm = REGULARIZERS[used["regularizer"]].vlm
-        derived |= {"iterations": descent.iterations, "vlm_weight": descent.vlm_weight if has_vlm else 0.0}
+        derived = {name: getattr(descent, name) for name in ("iterations", "learning_rate", "momentum")}
+        derived |= {"start_noise": descent.noise, "decay_at": descent.decays(used["iterations"] or descent.iterations)}
+        derived["vlm_weight"] = descent.vlm_weight if REGULARIZERS[used["regularizer"]].vlm else 0.0
     rows = {}
     for name, setting in PRESETS[preset][stage].items():
         if used[name] is None and setting.rule:
@@ -53,32 +54,13 @@ def values_used(stage: str, preset: str, used: Mapping[str, Any], layers: list[s
     return rows
 
 
-def rules(stage: str, architecture: Architecture, target: str) -> list[Setting]:
-    """What no option sets, in words, each with its source; `target` is what is reconstructed."""
-    alexnet, caffe = architecture.name.startswith("alexnet"), architecture.name.endswith("_caffe")
+def rules(architecture: Architecture, target: str) -> list[Setting]:
+    """What no option sets of the reconstruction from a tap, in words, each with its source."""
     weights = ", ".join(f"{layer} {weight:g}" for layer, weight in default_layer_weights(architecture).items())
-    sigma = "unit" if target in architecture.fully_connected else "channel"
-    return {
-        "prepare_images": [Setting("images: 256×256 by area averaging", CODE)],
-        "extract_features": [
-            Setting("views: centre crop, no augmentation", CODE),
-            *[Setting("mean: per pixel in training, per channel at test", CODE)] * caffe,
-            Setting(
-                "PCA: positions//images + 1 per image, with replacement; half of the components, not whitened", CODE
-            ),
-        ],
-        "train_vlm": [
-            Setting("language models: weights N(0, 0.01²), biases 0, two layers of as many units as components", CODE),
-            Setting("loss: ramp 0, 1/(T-1), …; mean of four directions, then of the layers", CODE),
-            Setting("momentum: set to zero at every decay", CODE),
-        ],
-        "reconstruct": [
-            Setting(f"λ of the language models: {weights}", CODE if alexnet else CARRIED),
-            Setting(f"σ of {target}: per {sigma}, over the training images", CODE if sigma == "unit" else OURS),
-            Setting("pictures: clipped to 0-255, truncated to bytes", CODE),
-        ],
-        "saliency": [],
-    }[stage]
+    whose = CODE if architecture.name.startswith("alexnet") else CARRIED
+    per_unit = target in architecture.fully_connected
+    sigma = f"σ of {target}: per {'unit' if per_unit else 'channel'}, over the training images"
+    return [Setting(f"λ of the language models: {weights}", whose), Setting(sigma, CODE if per_unit else OURS)]
 
 
 def layer_size(architecture: Architecture, layer: str) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """What is inverted: images, rows of stage 1 or stored features; and the statistics of the taps."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,14 @@ class Source:
 
 
 def list_sources(
-    inputs: list[str], rows: list[int], held_out_by: dict[str, Any] | None, stored: Path
+    inputs: list[str], rows: list[int], held_out_by: Mapping[str, Mapping[str, Any]] | None, stored: Path
 ) -> tuple[list[Source], list[str]]:
     """What is to be inverted, in order, and a line for every input that gives nothing.
 
     Args:
         inputs: files and folders.
         rows: of the images of stage 1 in `stored`.
-        held_out_by: the configuration of the checkpoint whose held-out rows are added; None for none.
+        held_out_by: by layer, how the checkpoint was trained whose held-out rows are added; None for none.
 
     Raises:
         UserError: nothing to invert, or rows that are not there.
@@ -59,13 +60,13 @@ def list_sources(
     return sources, problems
 
 
-def held_out_rows(configuration: dict[str, Any], stored: artefacts.Facts) -> list[int]:
-    """Rows of images.npy that no layer of the checkpoint was trained on, though its training knew them.
+def held_out_rows(training: Mapping[str, Mapping[str, Any]], stored: artefacts.Facts) -> list[int]:
+    """Rows of images.npy that no layer of a checkpoint was trained on, though its training knew them.
 
     Raises:
         UserError: there are none, the layers were split differently, or the images are not there.
     """
-    splits = [facts.get("held_out_names") for facts in configuration["training"].values()]
+    splits = [facts.get("held_out_names") for facts in training.values()]
     if not splits or any(split != splits[0] for split in splits):
         raise UserError("the layers of the checkpoint were trained on different splits: name rows with --rows")
     held = splits[0]

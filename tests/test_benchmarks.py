@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import direct, run, training
+from benchmarks import direct, run, updates
 from benchmarks.timing import Figure, Setup, exponent, seconds
 from models.vlm import layer_loss
 
@@ -20,7 +20,7 @@ BATCH = 3
 def test_all_parts_at_tiny_sizes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run.main(["--quick", "--repeats", "1", "--device", "cpu", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "benchmarks.json").read_text())
-    assert tuple(results["parts"]) == run.PARTS
+    assert tuple(results["parts"]) == tuple(run.PARTS)
     figures = [figure for part in results["parts"].values() for figure in part["figures"]]
     assert len({figure["name"] for figure in figures}) == len(figures) > 15
     for figure in figures:
@@ -32,7 +32,7 @@ def test_all_parts_at_tiny_sizes(tmp_path: Path, capsys: pytest.CaptureFixture) 
 
 
 def test_direct_port_equals_the_model() -> None:
-    p, models = training.draw(SIZES, BATCH, SETUP)["conv5"], training.make_models(SIZES, SETUP)["conv5"]
+    p, models = updates.draw(SIZES, BATCH, SETUP)["conv5"], updates.make_models(SIZES, SETUP)["conv5"]
     found = []
     for loss in (direct.layer_loss, layer_loss):
         models.zero_grad()
@@ -44,22 +44,22 @@ def test_direct_port_equals_the_model() -> None:
 
 
 def test_operations_by_counting() -> None:
-    p, models = training.draw(SIZES, BATCH, SETUP)["conv5"], training.make_models(SIZES, SETUP)["conv5"]
+    p, models = updates.draw(SIZES, BATCH, SETUP)["conv5"], updates.make_models(SIZES, SETUP)["conv5"]
     with FlopCounterMode(display=False) as forward:
         loss = direct.layer_loss(p, models)
-    assert forward.get_total_flops() == training.flops(SIZES, BATCH) / 3
+    assert forward.get_total_flops() == updates.flops(SIZES, BATCH) / 3
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     total = forward.get_total_flops() + backward.get_total_flops()
-    assert training.flops(SIZES, BATCH, strict=True) < total < training.flops(SIZES, BATCH)
+    assert updates.flops(SIZES, BATCH, strict=True) < total < updates.flops(SIZES, BATCH)
 
 
 def test_variants_that_disagree_are_not_timed() -> None:
-    updates = training.variants(SIZES, BATCH, SETUP)
-    before, after = training.check_agreement(updates)["conv5"]
-    assert abs(after - before) > training.TOLERANCE * before, "an update changes the loss by more than the tolerance"
+    made = updates.variants(SIZES, BATCH, SETUP)
+    before, after = updates.check_agreement(made)["conv5"]
+    assert abs(after - before) > updates.TOLERANCE * before, "an update changes the loss by more than the tolerance"
     with pytest.raises(AssertionError, match="the loss of wrong is"):
-        training.check_agreement({**updates, "wrong": lambda: {"conv5": 1.0}})
+        updates.check_agreement({**made, "wrong": lambda: {"conv5": 1.0}})
 
 
 def test_rounds_interleave() -> None:

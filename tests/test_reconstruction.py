@@ -410,20 +410,20 @@ def test_held_out_rows(workspace: Path, tmp_path: Path) -> None:
     (folder,) = (tmp_path / "out").glob("[!.]*")  # a tenth of ten images
     training, held = split_images(10, 16, 3)
     assert folder.name.startswith(f"{held[0]:05d}-") and held[0] not in training
-    configuration = json.loads((workspace / "vlm.safetensors.json").read_text())
+    by_layer = json.loads((workspace / "vlm.safetensors.json").read_text())["training"]
     facts = json.loads((workspace / "images.npy.json").read_text())
-    assert targets.held_out_rows(configuration, facts) == held.tolist()
+    assert targets.held_out_rows(by_layer, facts) == held.tolist()
     moved = {**facts, "names": ["other.png", *(f"elsewhere/{name}" for name in facts["names"])]}
-    assert targets.held_out_rows(configuration, moved) == (held + 1).tolist(), "found by name among more images"
+    assert targets.held_out_rows(by_layer, moved) == (held + 1).tolist(), "found by name among more images"
     with pytest.raises(UserError, match="which none of the 1 images is called"):
-        targets.held_out_rows(configuration, {"names": ["other.png"]})
-    configuration["training"]["conv5"]["held_out_names"] = []
+        targets.held_out_rows(by_layer, {"names": ["other.png"]})
+    by_layer["conv5"]["held_out_names"] = []
     with pytest.raises(UserError, match="different splits"):
-        targets.held_out_rows(configuration, facts)
-    for layer in configuration["training"].values():
+        targets.held_out_rows(by_layer, facts)
+    for layer in by_layer.values():
         layer["held_out_names"] = []
     with pytest.raises(UserError, match="held no images out"):
-        targets.held_out_rows(configuration, facts)
+        targets.held_out_rows(by_layer, facts)
 
 
 @pytest.mark.parametrize(
@@ -455,15 +455,15 @@ def test_results_without_language_model_outlive_a_longer_training(
     run(tmp_path, *options)
     from models.checkpoints import load_vlm, vlm_tensors, write_tensors
 
-    vlm, configuration = load_vlm(tmp_path / "vlm.safetensors")
+    vlm, notes = load_vlm(tmp_path / "vlm.safetensors")
     with torch.no_grad():
         vlm.layers["conv5"]["up"].linear.bias += 1
-    write_tensors(tmp_path / "vlm.safetensors", vlm_tensors(vlm), configuration)
+    write_tensors(tmp_path / "vlm.safetensors", vlm_tensors(vlm), notes.configuration)
     capsys.readouterr()
     run(tmp_path, *options)
     assert "nothing to do" in capsys.readouterr().out
     vlm.statistics["data"]["mean"] += 1
-    write_tensors(tmp_path / "vlm.safetensors", vlm_tensors(vlm), configuration)
+    write_tensors(tmp_path / "vlm.safetensors", vlm_tensors(vlm), notes.configuration)
     with pytest.raises(UserError, match="made otherwise .*statistics_sha256"):
         run(tmp_path, *options)
 

@@ -65,10 +65,10 @@ def test_artefacts_of_the_first_stages(workspace: Path) -> None:
         features = np.load(workspace / "features" / f"{layer}.npy")
         assert features.shape == (10, 13, 13, size) and features.dtype == np.float32
         assert (workspace / "features" / f"{layer}.npy.json").is_file()
-    vlm, configuration = load_vlm(workspace / "vlm.safetensors")
-    assert list(vlm.layers) == configuration["layers"] == ["conv4", "conv5"]
+    vlm, notes = load_vlm(workspace / "vlm.safetensors")
+    assert list(vlm.layers) == notes.configuration["layers"] == ["conv4", "conv5"]
     assert {"data", "pool5", "fc8", "conv5"} <= vlm.statistics.keys()
-    assert configuration["training"]["conv5"]["iterations_done"] == 4
+    assert notes.training["conv5"]["iterations_done"] == 4
     with (workspace / "log.csv").open() as file:
         assert {row["layer"] for row in csv.DictReader(file)} == {"conv4", "conv5"}
     assert (workspace / "figures" / "loss.png").is_file()
@@ -155,7 +155,7 @@ def test_training_goes_on_from_an_exported_checkpoint(workspace: Path, tmp_path:
     here = ["--root", str(workspace)]
     train_vlm.main([*RUN, *here, "--export", str(tmp_path / "half.safetensors")])
     half, noted = load_vlm(tmp_path / "half.safetensors")
-    assert noted["dtype"] == "float16" and noted["training"]["conv5"]["iterations_done"] == 4
+    assert noted.configuration["dtype"] == "float16" and noted.training["conv5"]["iterations_done"] == 4
     full, _ = load_vlm(workspace / "vlm.safetensors")
     for a, b in zip(half.parameters(), full.parameters(), strict=True):
         assert torch.equal(a, b.half().float())
@@ -168,7 +168,7 @@ def test_training_goes_on_from_an_exported_checkpoint(workspace: Path, tmp_path:
     options += ["--batch-size", "2", "--checkpoint-every", "1", "--decay-at", "5", "--log-every", "1"]
     train_vlm.main([*options, "--from-iteration", "4", "--iterations", "5"])
     trained, noted = load_vlm(root / "vlm.safetensors")
-    facts = noted["training"]["conv5"]
+    facts = noted.training["conv5"]
     assert facts["iterations_done"] == 5 and facts["init"]["iteration"] == 4 and len(facts["init"]["sha256"]) == 64
     features = np.load(root / "features" / "conv5.npy")
     rows = draw_rows(3, 4, split_images(10, facts["held_out"], 3)[0], 2)
@@ -177,7 +177,7 @@ def test_training_goes_on_from_an_exported_checkpoint(workspace: Path, tmp_path:
         if b.grad is not None:
             torch.testing.assert_close(a, b - facts["learning_rate"] * b.grad, rtol=1e-4, atol=1e-7)
     train_vlm.main([*options, "--from-iteration", "4", "--iterations", "6"])
-    assert load_vlm(root / "vlm.safetensors")[1]["training"]["conv5"]["iterations_done"] == 6
+    assert load_vlm(root / "vlm.safetensors")[1].training["conv5"]["iterations_done"] == 6
     with pytest.raises(UserError, match="was made otherwise.*init"):
         train_vlm.main([*options, "--from-iteration", "3", "--iterations", "7"])
     with pytest.raises(UserError, match="give both, or neither"):
@@ -419,7 +419,7 @@ def test_pretrained_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "arguments:" not in printed
     assert np.load(out / "saliency" / "photo.npy").shape == (120, 160)
     assert (out / "figure.png").is_file()
-    layers = load_vlm(run_pretrained_model.RECONSTRUCTION)[1]["layers"]
+    layers = load_vlm(run_pretrained_model.RECONSTRUCTION)[1].configuration["layers"]
     assert len(layers) == 6
     for layer in layers:
         assert np.load(out / "unnaturalness" / f"alexnet-{layer}.npy").ndim == 2
@@ -436,9 +436,9 @@ def test_pretrained_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.parametrize("name", ["alexnet", "vgg16"])
 def test_shipped_checkpoints_beat_the_trivial_predictors(name: str) -> None:
-    _, configuration = load_vlm(run_pretrained_model.PRETRAINED / f"{name}.safetensors")
-    assert configuration["backbone"] == name
-    for layer, facts in configuration["training"].items():
+    _, notes = load_vlm(run_pretrained_model.PRETRAINED / f"{name}.safetensors")
+    assert notes.backbone == name
+    for layer, facts in notes.training.items():
         losses = facts["losses"]
         assert losses["validation_loss"] < losses["predict_nothing"], layer
 
@@ -474,7 +474,7 @@ def test_views_add_crops_and_mirror_images_of_training_images(workspace: Path, t
     count = len(np.load(tmp_path / "images.npy", mmap_mode="r"))
     assert len(rows) == 3 * count
     train_vlm.main([*RUN, "--root", str(tmp_path), "--iterations", "1", "--batch-size", "2"])
-    facts = load_vlm(tmp_path / "vlm.safetensors")[1]["training"]["data"]
+    facts = load_vlm(tmp_path / "vlm.safetensors")[1].training["data"]
     assert (facts["num_images"], facts["views"], facts["flip"], facts["held_out"]) == (count, 3, True, count // 10)
     extract_features.main([*options, "--overwrite"])
     assert (tmp_path / "features" / "projection.safetensors").read_bytes() == projection

@@ -54,3 +54,20 @@ def test_public_functions_are_documented_and_short(path: Path) -> None:
             assert node.end_lineno - node.lineno < 70, node.name
             if not node.name.startswith("_") and node.end_lineno - node.lineno > 6:
                 assert ast.get_docstring(node), node.name
+
+
+def test_no_two_modules_are_called_alike() -> None:
+    stems = [path.stem for path in SOURCES if path.stem != "__init__"]
+    assert not [stem for stem in stems if stems.count(stem) > 1]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_mains_and_parsers_take_arguments(path: Path) -> None:
+    """Cores take named, typed parameters; commands of evaluate.py are mains, the others print, copy or pass options."""
+    allowed = {"run", "of", "announce", "replace", "stage_commands"}
+    taking = [
+        node.name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and any(argument.arg == "args" for argument in node.args.args)
+    ]
+    assert set(taking) <= allowed

@@ -65,7 +65,7 @@ def test_a_kind_of_recurrent_model_is_one_entry(
         train_vlm.main([*command, "--cell", "plain"])
         train_vlm.main([*command, "--layers", "conv4"])
         vlm, noted = load_vlm(tmp_path / "vlm.safetensors")
-        assert [noted["training"][layer]["cell"] for layer in ("conv4", "conv5")] == ["lstm", "plain"]
+        assert [noted.training[layer]["cell"] for layer in ("conv4", "conv5")] == ["lstm", "plain"]
         assert isinstance(vlm.layers["conv5"]["up"].get_submodule("plain"), nn.RNN)
         p = torch.randn(1, vlm.layers["conv5"].size, 5, 6)
         assert vlm.layers["conv5"].unnaturalness_map(p).shape == (1, 4, 5)
@@ -100,7 +100,7 @@ def test_an_old_checkpoint_is_of_lstms(workspace: Path, tmp_path: Path) -> None:
 def test_default_decays_follow_the_length_of_the_run(workspace: Path, tmp_path: Path) -> None:
     """Under every preset: no preset fixes what --help says is derived."""
     train_vlm.main([*workspace_of(workspace, tmp_path), "--preset", "alexnet", "--iterations", "9"])
-    facts = load_vlm(tmp_path / "vlm.safetensors")[1]["training"]["conv5"]
+    facts = load_vlm(tmp_path / "vlm.safetensors")[1].training["conv5"]
     assert facts["decay_at"] == [2, 4, 6]
     for preset in options.PRESETS.values():
         assert preset["train_vlm"]["decay_at"].value is None
@@ -117,18 +117,18 @@ def test_checkpoint_keeps_the_quantiles_of_held_out_losses(
     train_vlm.main(command)
     path = tmp_path / "vlm.safetensors"
     vlm, noted = load_vlm(path)
-    found = noted["training"]["conv5"]["held_out_quantiles"]
+    found = noted.training["conv5"]["held_out_quantiles"]
     stored = read_batch(np.load(tmp_path / "features" / "conv5.npy"), np.array([1, 4, 7]), "cpu")
     losses = [vlm.layers["conv5"].loss(p[None]).item() for p in stored]
     assert len(found) == len(naturalness.LEVELS)
     assert (found[0], found[10], found[-1]) == pytest.approx(tuple(sorted(losses)), rel=1e-4)
-    assert noted["training"]["conv5"]["losses"]["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert noted.training["conv5"]["losses"]["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
     state = tmp_path / "train_state" / "conv5.safetensors"
     tensors, notes = read_tensors(state)
     notes.pop("quantiles")
     artefacts.write_tensors(state, tensors, notes)
     train_vlm.main(command)
-    assert load_vlm(path)[1]["training"]["conv5"]["held_out_quantiles"] == found
+    assert load_vlm(path)[1].training["conv5"]["held_out_quantiles"] == found
     capsys.readouterr()
     train_vlm.main(command)
     assert "nothing to do" in capsys.readouterr().out

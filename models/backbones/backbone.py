@@ -40,11 +40,6 @@ class Backbone(nn.Module):
         return self.mean.device
 
     @property
-    def available_taps(self) -> tuple[str, ...]:
-        """Taps that the loaded parameters reach."""
-        return tuple(t for t in self.architecture.taps if self._missing(t) is None)
-
-    @property
     def available_targets(self) -> tuple[str, ...]:
         """Targets of reconstruction that the loaded parameters reach."""
         return tuple(t for t in self.architecture.targets if self._missing(t) is None)
@@ -143,14 +138,14 @@ def centre_crop(images: Tensor, height: int, width: int) -> Tensor:
     return images[..., top : top + height, left : left + width]
 
 
-def random_parameters(architecture: Architecture, seed: int) -> dict[str, Tensor]:
-    """Random parameters, the control for what pre-training brings (never a silent fallback).
+def random_parameters(architecture: Architecture, seed: int, upto: str | None = None) -> dict[str, Tensor]:
+    """Random parameters, up to a tap if one is given: the control for what pre-training brings, never a fallback.
 
     Kernels and matrices are He-initialised and their biases zero; what else a network has is as it makes it itself.
     """
     generator = torch.Generator().manual_seed(seed)
     parameters, others = {}, []
-    for name, shape in architecture.parameter_shapes().items():
+    for name, shape in architecture.parameter_shapes(upto).items():
         module = architecture.skeleton.get_submodule(name.rpartition(".")[0])
         if not isinstance(module, nn.Conv2d | nn.Linear):
             others.append(name)

@@ -16,7 +16,7 @@ class Reader(Protocol):
         """Values by tap for the input `x` (N, 3, H, W): maps (N, C, h, w) and vectors (N, units)."""
 
 
-class _Found(Exception):  # noqa: N818 (no error)
+class Found(Exception):  # noqa: N818 (no error)
     """The last value asked for is there: what is deeper need not be computed."""
 
 
@@ -41,14 +41,14 @@ class ModuleReader:
                 # what follows may write into its input, as torchvision's ReLUs do
                 found.setdefault(name, output if changeless else output.clone())
                 if len(found) == len(names):
-                    raise _Found
+                    raise Found
 
             return hook
 
         handles = [network.get_submodule(name).register_forward_hook(note(name)) for name in names]
         try:
             network(x)
-        except _Found:
+        except Found:
             pass
         finally:
             for handle in handles:

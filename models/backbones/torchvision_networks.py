@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from models.backbones.architecture import REFUSALS, Architecture
 from models.backbones.chains import TORCHVISION_LICENCE
+from models.backbones.taps import Found
 from models.weights.downloads import RemoteFile
 from models.weights.origin import Origin
 
@@ -44,10 +45,6 @@ STAGES = {
 SIXTHS = 6  # of a vision transformer's depth
 
 
-class _Found(Exception):  # noqa: N818 (no error)
-    """The last value asked for is there."""
-
-
 class _Reading(fx.Interpreter):
     """Runs a graph until the nodes `wanted` are there; `grid` is that of a transformer's patches."""
 
@@ -65,7 +62,7 @@ class _Reading(fx.Interpreter):
         if node in self.wanted:
             self.found[node] = value.clone() if isinstance(value, Tensor) else value  # the next may write into it
             if len(self.found) == len(self.wanted):
-                raise _Found
+                raise Found
         return value
 
 
@@ -139,7 +136,7 @@ class GraphReader:
         reading = _Reading(network, self._graph, wanted, self._patches(network, x))
         try:
             reading.run(x)
-        except _Found:
+        except Found:
             pass
         return reading.found
 

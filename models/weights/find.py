@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.backbones import Architecture, Backbone, find_architecture, random_parameters
 from models.errors import UserError
-from models.weights.downloads import Progress, RemoteFile, cache_folder, cached, fetch, file_hash, flaw
+from models.weights.downloads import Progress, RemoteFile, cache_folder, fetch, file_hash, flaw
 from models.weights.origin import Packaged
 from models.weights.read import read_weights
 
@@ -116,12 +116,6 @@ def _from_user(path: Path, architecture: Architecture, layers: Collection[str]) 
             f"weights{hint}: give them with --weights FILE"
         )
     return Weights(parameters, f"{path.name}, given by the user", file_hash(path))
-
-
-def has_full_weights(architecture: Architecture, cache: Path | None = None) -> bool:
-    """Whether the complete weights lie in the cache already, verified."""
-    remote = architecture.origin.remote
-    return remote is not None and cached(remote, cache or cache_folder())
 
 
 def load_backbone(

@@ -304,7 +304,7 @@ def test_change_of_basis_changes_no_prediction(cell: str) -> None:
 
 
 def test_positions_for_pca() -> None:
-    assert positions_per_image(50_000) == 3 and positions_per_image(900) == 112
+    assert positions_per_image(50_000, 100_000) == 3 and positions_per_image(900, 100_000) == 112
     drawn = draw_positions(0, "conv5", 4, 2000, 9)
     assert np.array_equal(drawn, draw_positions(0, "conv5", 4, 2000, 9))
     assert np.bincount(drawn, minlength=9).min() > 150

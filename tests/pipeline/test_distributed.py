@@ -302,10 +302,10 @@ def test_merging_checkpoints_of_several_workspaces(one: Path, tmp_path: Path) ->
     target = ["--preset", "demo", "--root", str(tmp_path / "joined")]
     train_vlm.main([*target, "--merge", *map(str, files.values())])
     joined, facts = load_vlm(tmp_path / "joined" / "vlm.safetensors")
-    assert facts["layers"] == LAYERS == list(facts["training"])
+    assert facts.configuration["layers"] == LAYERS == list(facts.training)
     for layer, file in files.items():
         alone, noted = load_vlm(file)
-        assert facts["training"][layer] == noted["training"][layer]
+        assert facts.training[layer] == noted.training[layer]
         for a, b in zip(joined.layers[layer].parameters(), alone.layers[layer].parameters(), strict=True):
             assert torch.equal(a, b)
     assert_equal_tensors(tmp_path / "joined" / "vlm.safetensors", one / "vlm.safetensors")
@@ -315,7 +315,7 @@ def test_merging_checkpoints_of_several_workspaces(one: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match="hold other weights of conv1: use --overwrite"):
         train_vlm.main([*target, "--merge", str(files["conv1"])])
     train_vlm.main([*target, "--merge", str(files["conv1"]), "--overwrite"])
-    assert load_vlm(tmp_path / "joined" / "vlm.safetensors")[1]["training"]["conv1"]["momentum"] == 0.5
+    assert load_vlm(tmp_path / "joined" / "vlm.safetensors")[1].training["conv1"]["momentum"] == 0.5
 
 
 def test_merging_needs_one_projection(one: Path, tmp_path: Path) -> None:
@@ -345,6 +345,6 @@ def test_mixed_precision(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     logs = [np.genfromtxt(r / "log.csv", delimiter=",", skip_header=1)[:, 3] for r in (root, one)]
     np.testing.assert_allclose(*logs, rtol=0.02)
     assert not np.array_equal(*logs)
-    assert load_vlm(root / "vlm.safetensors")[1]["training"]["conv1"]["precision"] == "bfloat16"
+    assert load_vlm(root / "vlm.safetensors")[1].training["conv1"]["precision"] == "bfloat16"
     with pytest.raises(UserError, match="precision is 'bfloat16', not 'float32'"):
         train_vlm.main(training(root, "--held-out", "2"))

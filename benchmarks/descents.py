@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.networks import make_backbone, make_projection
+from benchmarks.random_networks import make_backbone, make_projection
 from benchmarks.timing import SEED, Figure, Report, Setup, ratio, seconds
 from models.backbones import Backbone
 from models.descent import MomentumSGD, Pixels, Schedule, descend

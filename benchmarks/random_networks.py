@@ -3,21 +3,14 @@
 import torch
 
 from benchmarks.timing import SEED, Setup
-from models.backbones import Backbone, find_architecture
+from models.backbones import Backbone, find_architecture, random_parameters
 from models.projection import Projection
 
 
 def make_backbone(name: str, upto: str, setup: Setup) -> Backbone:
     """Convolutions up to a tap, He-initialised."""
     architecture = find_architecture(name)
-    generator = torch.Generator().manual_seed(SEED)
-    parameters = {}
-    for parameter, shape in architecture.parameter_shapes(upto).items():
-        if parameter.startswith("fc"):
-            continue
-        fan_in = torch.Size(shape[1:]).numel()
-        parameters[parameter] = torch.randn(shape, generator=generator) * (2 / fan_in) ** 0.5
-    return Backbone(architecture, parameters).to(setup.device).eval()
+    return Backbone(architecture, random_parameters(architecture, SEED, upto)).to(setup.device).eval()
 
 
 def make_projection(channels: int) -> Projection:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import saliency
-from benchmarks.networks import make_backbone, make_projection
+from benchmarks.random_networks import make_backbone, make_projection
 from benchmarks.timing import SEED, Figure, Report, Setup, ratio, seconds
 from models.vlm import VisualLanguageModel
 from pipeline.detector import Checkpoint, Detector, Reading
