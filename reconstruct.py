@@ -180,6 +180,11 @@ def add_descent_options(parser: options.Parser) -> None:
     parser.add_argument(
         "--decorrelate", action=argparse.BooleanOptionalAction, help="fourier: vary decorrelated colours (default: yes)"
     )
+    parser.add_argument(
+        "--in-turn",
+        action=argparse.BooleanOptionalAction,
+        help="an update looks along one direction of each language model, in turn (paper: along all; fourier: yes)",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -201,6 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         iterations=args.iterations,
         momentum=args.momentum,
         noise=args.start_noise,
+        in_turn=args.in_turn,
     )
     objective = reconstruction.choose_objective(
         args.regularizer,

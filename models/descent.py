@@ -233,6 +233,7 @@ class Descent:
         momentum: of the optimiser.
         iterations: updates.
         vlm_weight: λ₂ of the language models that goes with it.
+        in_turn: each update looks along one of their four directions, another at every update.
     """
 
     learning_rate: float
@@ -245,6 +246,7 @@ class Descent:
     optimizer: str = "momentum"
     momentum: float = 0.9
     vlm_weight: float = 10.0  # original code
+    in_turn: bool = False
 
     def decays(self, iterations: int) -> list[int]:
         """Updates of a run of so many, counted from 0, after which the rate falls."""
@@ -268,12 +270,13 @@ FOURIER = Descent(
     optimizer="adam",
     # differs from the paper, whose 10 was for its own descent: by eye, on two photos, 3 shows more of what is small.
     vlm_weight=3.0,
+    in_turn=True,
 )
 DESCENTS: dict[str, Descent | None] = {"authors": None, "fourier": FOURIER}  # None: the regulariser's own
 
 
 def descend(
-    loss: Callable[[Tensor], dict[str, Tensor]],
+    loss: Callable[[Tensor, int], dict[str, Tensor]],
     image: Image,
     optimizer: MomentumSGD,
     schedule: Schedule,
@@ -281,7 +284,7 @@ def descend(
     callback: Callable[[int, dict[str, float]], None],
     first: int = 0,
 ) -> None:
-    """Minimise `loss` over an image, whose parameters `optimizer` changes in place.
+    """Minimise `loss(pixels, i)` over an image, whose parameters `optimizer` changes in place.
 
     `callback(i, terms)` gets the terms before update `i` (as the original printed them), once it is made.
 
@@ -291,7 +294,7 @@ def descend(
     for i in range(first, iterations):
         schedule.prepare(optimizer, i)
         optimizer.zero_grad()
-        terms = loss(image())
+        terms = loss(image(), i)
         total = terms["total"].item()
         if not math.isfinite(total):
             raise UserError(

@@ -119,6 +119,7 @@ class ReconstructionLoss:
         vlm: language models as regulariser, frozen; None for no regulariser.
         layer_weights: λ_l of the layers to regularise, of which those in `vlm` count.
         penalties: λ_p by name of `PENALTIES`.
+        in_turn: each update looks along one direction of every layer, for speed, and along all in four updates.
 
     Raises:
         UserError: the target does not have the tap's shape, or no weighted layer has a language model.
@@ -136,6 +137,7 @@ class ReconstructionLoss:
         vlm_weight: float = 10.0,
         layer_weights: Mapping[str, float] | None = None,
         penalties: Mapping[str, float] | None = None,
+        in_turn: bool = False,
     ):
         weights = default_layer_weights(backbone.architecture) if layer_weights is None else layer_weights
         there = set(vlm.layers) if vlm is not None else set()
@@ -148,9 +150,10 @@ class ReconstructionLoss:
             raise UserError(f"the target has {target.shape[1]} channels, {tap} has {len(std)}: give a feature of {tap}")
         self.backbone, self.tap, self.target, self.std, self.vlm = backbone, tap, target, std, vlm
         self.feature_weight, self.vlm_weight, self.penalties = feature_weight, vlm_weight, dict(penalties or {})
+        self.in_turn = in_turn
 
-    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Terms for mean-subtracted pixels (1, 3, H, W) in 0-255 units.
+    def __call__(self, pixels: Tensor, update: int = 0) -> dict[str, Tensor]:
+        """Terms for mean-subtracted pixels (1, 3, H, W) in 0-255 units, at an update of the descent.
 
         Returns:
             `total` (what is minimised), and the unweighted terms: `feature`, `<layer>` for each language model,
@@ -169,7 +172,8 @@ class ReconstructionLoss:
             terms = {"feature": feature_loss(features[self.tap], self.target, self.std)}
         total = self.feature_weight * terms["feature"]
         if self.vlm is not None:
-            losses = self.vlm.losses({layer: features[layer] for layer in self.layer_weights})
+            features_read = {layer: features[layer] for layer in self.layer_weights}
+            losses = self.vlm.losses(features_read, update if self.in_turn else None)
             total = total + self.vlm_weight * sum(w * losses[layer] for layer, w in self.layer_weights.items())
             terms |= losses
         for name, weight in self.penalties.items():

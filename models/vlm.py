@@ -15,7 +15,7 @@ step t+1 has seen steps 1 … t of its own column or row and nothing else.
 Letters in shape comments: N images, D components, H × W grid, T steps along the scan, B = sequences (N·W or N·H).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,11 @@ def repeat_last(seen: Tensor) -> Tensor:
     return seen
 
 
+def directions_of(turn: int | None, place: int) -> tuple[str, ...]:
+    """All directions, or the one whose turn it is in the layer at a place; layers are out of step with each other."""
+    return DIRECTIONS if turn is None else (DIRECTIONS[(turn + place) % len(DIRECTIONS)],)
+
+
 TRIVIAL_PREDICTORS: dict[str, Predictor] = {"predict nothing": predict_nothing, "repeat last": repeat_last}
 
 
@@ -104,9 +109,9 @@ def direction_loss(p: Tensor, direction: str, predictor: Predictor) -> Tensor:
     return (per_step * ramp(len(errors), p)).mean()
 
 
-def layer_loss(p: Tensor, predictors: Mapping[str, Predictor]) -> Tensor:
-    """Mean of the four directions' losses on projected features (N, D, H, W)."""
-    return torch.stack([direction_loss(p, d, predictors[d]) for d in DIRECTIONS]).mean()
+def layer_loss(p: Tensor, predictors: Mapping[str, Predictor], directions: Sequence[str] = DIRECTIONS) -> Tensor:
+    """Mean of the directions' losses on projected features (N, D, H, W); the paper's layer loss is that of all four."""
+    return torch.stack([direction_loss(p, d, predictors[d]) for d in directions]).mean()
 
 
 def direction_error_map(p: Tensor, direction: str, predictor: Predictor) -> Tensor:
@@ -253,9 +258,11 @@ class LayerModel(nn.ModuleDict):
             ):
                 kept.data.copy_(change)
 
-    def loss(self, p: Tensor) -> Tensor:
-        """Loss on projected features (N, D, H, W), a float64 scalar."""
-        return (fused_layer_loss if self.is_faster_fused(p) else layer_loss)(p, self)
+    def loss(self, p: Tensor, directions: Sequence[str] = DIRECTIONS) -> Tensor:
+        """Loss on projected features (N, D, H, W), a float64 scalar; of some directions, an estimate of it."""
+        if directions == DIRECTIONS and self.is_faster_fused(p):
+            return fused_layer_loss(p, self)
+        return layer_loss(p, self, directions)
 
     def is_faster_fused(self, p: Tensor) -> bool:
         """Whether `fused_layer_loss` can and should compute the loss on projected features (N, D, H, W).
@@ -309,6 +316,13 @@ class VisualLanguageModel(nn.Module):
         self.requires_grad_(False)
         return self.train()
 
-    def losses(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Loss by layer on raw feature maps (N, C, H, W); their mean is the paper's loss."""
-        return {name: self.layers[name].loss(self.projections[name](x)) for name, x in features.items()}
+    def losses(self, features: Mapping[str, Tensor], turn: int | None = None) -> dict[str, Tensor]:
+        """Loss by layer on raw feature maps (N, C, H, W); their mean is the paper's loss.
+
+        Args:
+            turn: look along one direction of each layer only, another at every turn; None for all four.
+        """
+        return {
+            name: self.layers[name].loss(self.projections[name](x), directions_of(turn, place))
+            for place, (name, x) in enumerate(features.items())
+        }

@@ -155,6 +155,7 @@ class Task:
             vlm_weight=wanted.vlm_weight,
             layer_weights=wanted.layer_weights,
             penalties=wanted.penalties,
+            in_turn=self.descent.in_turn,
         )
 
     def start(self, number: int) -> Image:
@@ -184,6 +185,7 @@ class Task:
             "momentum": self.descent.momentum,
             "iterations": self.descent.iterations,
             "start_noise": self.descent.noise,
+            "in_turn": self.descent.in_turn,
             **self.descent.settings,
             "seed": self.seed,
         }

@@ -142,7 +142,7 @@ def test_learning_rate_steps_and_momentum_resets() -> None:
         speeds.append(optimizer.velocities[0].item())
 
     schedule = Schedule(authors.learning_rate, tuple(authors.decays(authors.iterations)))
-    descend(lambda p: {"total": p.sum()}, x, optimizer, schedule, authors.iterations, note)
+    descend(lambda p, _: {"total": p.sum()}, x, optimizer, schedule, authors.iterations, note)
     expected = [
         0.004 * IMAGE_NORM**2 * factor for factor, count in ((1, 100), (0.1, 200), (0.01, 100)) for _ in range(count)
     ]
@@ -157,7 +157,7 @@ def test_a_decay_resets_the_momentum_whatever_its_factor() -> None:
     optimizer, speeds = MomentumSGD(x.parameters, 0), []
     schedule = Schedule(2.0, decay_at=(1, 3), decay_factor=1.0)
     descend(
-        lambda p: {"total": p.sum()},
+        lambda p, _: {"total": p.sum()},
         x,
         optimizer,
         schedule,
@@ -189,6 +189,12 @@ def test_every_term_of_the_loss_is_weighted(alexnet: Backbone, workspace: Path) 
     assert list(terms) == ["total", "feature", "conv4", "conv5", "tv"]
     expected = 3 * terms["feature"] + 7 * (0.5 * terms["conv4"] + 0.25 * terms["conv5"]) + 11 * terms["tv"]
     assert terms["total"] == pytest.approx(expected, rel=1e-6)
+    loss.in_turn = True
+    turns = [loss(x, update) for update in range(8)]
+    assert all(turns[i]["conv4"] == turns[i + 4]["conv4"] for i in range(4)), "four updates look along all directions"
+    for layer in weights:
+        seen = [turns[i][layer].item() for i in range(4)]
+        assert len(set(seen)) == 4 and np.mean(seen) == pytest.approx(terms[layer], rel=1e-6)
 
 
 def run(workspace: Path, *arguments: object, tap: str = "conv5") -> int:
