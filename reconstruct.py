@@ -145,6 +145,7 @@ def add_objective_options(parser: options.Parser) -> None:
     parser.add_argument("--layer-weights", nargs="+", type=weight, help="λ of --layers, in order")
     parser.add_argument("--feature-weight", type=weight, help="λ₁")
     parser.add_argument("--vlm-weight", type=weight, help="λ₂")
+    parser.add_argument("--energy-weight", type=weight, help="of features' energy, against paleness")
     parser.add_argument("--l2-weight", type=weight, help="λ of the norm in l2")
     parser.add_argument("--tv-weight", type=weight, help="λ of total variation in tv and vlm+tv (tv: by depth)")
 
@@ -183,7 +184,7 @@ def add_descent_options(parser: options.Parser) -> None:
     parser.add_argument(
         "--in-turn",
         action=argparse.BooleanOptionalAction,
-        help="an update looks along one direction of each language model, in turn (paper: along all; fourier: yes)",
+        help="an update looks along one direction of each language model, in turn, not along all",
     )
 
 
@@ -217,19 +218,24 @@ def main(argv: list[str] | None = None) -> int:
         layer_weights=args.layer_weights,
         feature_weight=args.feature_weight,
         vlm_weight=descent.vlm_weight if args.vlm_weight is None else args.vlm_weight,
+        energy_weight=descent.energy_weight if args.energy_weight is None else args.energy_weight,
         penalties={"l2": args.l2_weight, "tv": args.tv_weight},
     )
     if descent.start == "zero" and args.restarts > 1:
         raise UserError(f"every descent of {args.regularizer} starts from the same image: use --restarts 1")
     device = networks.prepare_device(args.device)
-    effective = {name: getattr(descent, name) for name in ("iterations", "learning_rate", "momentum")}
-    effective |= {"decay_at": schedule.decay_at, "start_noise": descent.noise, "vlm_weight": objective.vlm_weight}
+    effective = {name: getattr(descent, name) for name in ("iterations", "learning_rate", "momentum", "in_turn")}
+    effective |= {"decay_at": schedule.decay_at, "start_noise": descent.noise}
+    effective |= {"vlm_weight": objective.vlm_weight, "energy_weight": objective.energy_weight}
     program.announce(options.replace(args, **effective), device)
     backbone, weights = networks.load_backbone(networks.WeightsChoice.of(args), notes.backbone, [args.target], device)
     taps = reconstruction.taps_measured(objective, descent)
     statistics, measured = targets.needed_statistics(vlm.statistics, args.statistics, backbone, taps)
+    vlm = vlm.freeze().to(device)
+    weighed = [layer for layer in objective.layer_weights if objective.energy_weight and layer in vlm.layers]
+    energies = targets.sample_energies(backbone, vlm, weighed) if weighed else {}
     task = reconstruction.Task(
-        backbone, vlm.freeze().to(device), statistics, objective, args.descent, descent, schedule, args.seed
+        backbone, vlm, statistics, energies, objective, args.descent, descent, schedule, args.seed
     )
     facts = task.facts(weights.sha256, artefacts.file_sha256(checkpoint)) | {
         "restarts": args.restarts,

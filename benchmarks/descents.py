@@ -59,11 +59,11 @@ def measure(setup: Setup) -> Report:
         torch.autograd.grad(list(backbone(x, taps).values()), x, gradients)
 
     def language_models() -> None:
-        losses = vlm.losses({layer: features[layer] for layer in layers})
+        losses = vlm.losses(vlm.project({layer: features[layer] for layer in layers}))
         torch.autograd.grad(sum(losses.values()), [features[layer] for layer in layers])
 
     def language_model(layer: str) -> None:
-        (loss,) = vlm.losses({layer: features[layer]}).values()
+        (loss,) = vlm.losses(vlm.project({layer: features[layer]})).values()
         torch.autograd.grad(loss, features[layer])
 
     works = {

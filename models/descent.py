@@ -233,6 +233,7 @@ class Descent:
         momentum: of the optimiser.
         iterations: updates.
         vlm_weight: λ₂ of the language models that goes with it.
+        energy_weight: of the energy that goes with it (`models.objective.energy_loss`).
         in_turn: each update looks along one of their four directions, another at every update.
     """
 
@@ -246,6 +247,7 @@ class Descent:
     optimizer: str = "momentum"
     momentum: float = 0.9
     vlm_weight: float = 10.0  # original code
+    energy_weight: float = 0.0
     in_turn: bool = False
 
     def decays(self, iterations: int) -> list[int]:
@@ -270,6 +272,7 @@ FOURIER = Descent(
     optimizer="adam",
     # differs from the paper, whose 10 was for its own descent: by eye, on two photos, 3 shows more of what is small.
     vlm_weight=3.0,
+    energy_weight=0.1,
     in_turn=True,
 )
 DESCENTS: dict[str, Descent | None] = {"authors": None, "fourier": FOURIER}  # None: the regulariser's own

@@ -38,6 +38,16 @@ def relative_feature_loss(feature: Tensor, target: Tensor) -> Tensor:
     return (feature - target).square().sum() / target.square().sum()
 
 
+def energy_loss(projected: Mapping[str, Tensor], energies: Mapping[str, float], weights: Mapping[str, float]) -> Tensor:
+    """Σ_l √λ_l ((mean(p_l²) - E_l) / E_l)², E_l the mean of p_l² over photos; projected feature maps (1, D, H, W).
+
+    differs from the paper: weak features are easy to predict, so that the language models alone make images pale.
+    """
+    return sum(
+        weights[layer] ** 0.5 * (p.square().mean() / energies[layer] - 1).square() for layer, p in projected.items()
+    )
+
+
 def total_variation(x: Tensor) -> Tensor:
     """Σ over positions and channels of squared forward differences down and to the right; none leaves the image.
 
@@ -120,6 +130,7 @@ class ReconstructionLoss:
         layer_weights: λ_l of the layers to regularise, of which those in `vlm` count.
         penalties: λ_p by name of `PENALTIES`.
         in_turn: each update looks along one direction of every layer, for speed, and along all in four updates.
+        energy_weight, energies: weight of `energy_loss`, and E by layer, where that weighs anything.
 
     Raises:
         UserError: the target does not have the tap's shape, or no weighted layer has a language model.
@@ -138,6 +149,8 @@ class ReconstructionLoss:
         layer_weights: Mapping[str, float] | None = None,
         penalties: Mapping[str, float] | None = None,
         in_turn: bool = False,
+        energy_weight: float = 0.0,
+        energies: Mapping[str, float] | None = None,
     ):
         weights = default_layer_weights(backbone.architecture) if layer_weights is None else layer_weights
         there = set(vlm.layers) if vlm is not None else set()
@@ -150,14 +163,14 @@ class ReconstructionLoss:
             raise UserError(f"the target has {target.shape[1]} channels, {tap} has {len(std)}: give a feature of {tap}")
         self.backbone, self.tap, self.target, self.std, self.vlm = backbone, tap, target, std, vlm
         self.feature_weight, self.vlm_weight, self.penalties = feature_weight, vlm_weight, dict(penalties or {})
-        self.in_turn = in_turn
+        self.in_turn, self.energy_weight, self.energies = in_turn, energy_weight, dict(energies or {})
 
     def __call__(self, pixels: Tensor, update: int = 0) -> dict[str, Tensor]:
         """Terms for mean-subtracted pixels (1, 3, H, W) in 0-255 units, at an update of the descent.
 
         Returns:
             `total` (what is minimised), and the unweighted terms: `feature`, `<layer>` for each language model,
-            `<penalty>`.
+            `energy` where it is weighted, `<penalty>`.
         """
         taps = list(dict.fromkeys([*self.layer_weights, self.tap]))
         features = self.backbone(self.backbone.from_pixels(pixels), taps)
@@ -172,10 +185,13 @@ class ReconstructionLoss:
             terms = {"feature": feature_loss(features[self.tap], self.target, self.std)}
         total = self.feature_weight * terms["feature"]
         if self.vlm is not None:
-            features_read = {layer: features[layer] for layer in self.layer_weights}
-            losses = self.vlm.losses(features_read, update if self.in_turn else None)
+            projected = self.vlm.project({layer: features[layer] for layer in self.layer_weights})
+            losses = self.vlm.losses(projected, update if self.in_turn else None)
             total = total + self.vlm_weight * sum(w * losses[layer] for layer, w in self.layer_weights.items())
             terms |= losses
+            if self.energy_weight:
+                terms["energy"] = energy_loss(projected, self.energies, self.layer_weights)
+                total = total + self.energy_weight * terms["energy"]
         for name, weight in self.penalties.items():
             terms[name] = penalty(name, pixels)
             total = total + weight * terms[name]

@@ -316,13 +316,17 @@ class VisualLanguageModel(nn.Module):
         self.requires_grad_(False)
         return self.train()
 
-    def losses(self, features: Mapping[str, Tensor], turn: int | None = None) -> dict[str, Tensor]:
-        """Loss by layer on raw feature maps (N, C, H, W); their mean is the paper's loss.
+    def project(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Projected feature maps (N, D, H, W) by layer, from raw ones (N, C, H, W)."""
+        return {name: self.projections[name](x) for name, x in features.items()}
+
+    def losses(self, projected: Mapping[str, Tensor], turn: int | None = None) -> dict[str, Tensor]:
+        """Loss by layer on projected feature maps (N, D, H, W); their mean is the paper's loss.
 
         Args:
             turn: look along one direction of each layer only, another at every turn; None for all four.
         """
         return {
-            name: self.layers[name].loss(self.projections[name](x), directions_of(turn, place))
-            for place, (name, x) in enumerate(features.items())
+            name: self.layers[name].loss(p, directions_of(turn, place))
+            for place, (name, p) in enumerate(projected.items())
         }

@@ -51,13 +51,14 @@ SECTIONS = {  # of --help, by the option's name
         "inputs",
     ),
     **dict.fromkeys(
-        "preset backbone weights mean_image cache vlm init cell layers layer target statistics dtype pca_positions add "
-        "predictor list_layers regularizer layer_weights feature_weight vlm_weight l2_weight tv_weight".split(),
+        "preset backbone weights mean_image cache vlm init cell layers layer target statistics dtype pca_positions "
+        "add predictor list_layers regularizer layer_weights feature_weight vlm_weight energy_weight l2_weight "
+        "tv_weight".split(),
         "model",
     ),
     **dict.fromkeys(
         "descent iterations reconstruction_iterations batch_size joint_learning_rate learning_rate momentum decay_at "
-        "decay_factor precision restarts start_noise frequency_exponent decorrelate seed".split(),
+        "decay_factor precision restarts start_noise frequency_exponent decorrelate in_turn seed".split(),
         "descent",
     ),
     **dict.fromkeys(

@@ -67,8 +67,10 @@ DEFAULTS: dict[str, Stage] = {
         "decay_at": Setting(None, OURS, "the descent's; paper: never"),
         "momentum": Setting(None, CODE, "the descent's; paper: 0.9"),
         "start_noise": Setting(None, OURS, "the descent's; paper: 1"),
+        "in_turn": Setting(None, OURS, "the descent's; paper: no"),
         "feature_weight": Setting(1.0, CODE),
         "vlm_weight": Setting(None, OURS, "the descent's; paper: 10"),
+        "energy_weight": Setting(None, OURS, "the descent's; paper: 0"),
     },
     "saliency": {
         "power": Setting(0.5, CODE),

@@ -38,6 +38,7 @@ class Objective:
     regularizer: str
     feature_weight: float
     vlm_weight: float
+    energy_weight: float
     layer_weights: dict[str, float]
     penalties: dict[str, float]
 
@@ -52,6 +53,7 @@ def choose_objective(
     layer_weights: list[float] | None,
     feature_weight: float,
     vlm_weight: float,
+    energy_weight: float,
     penalties: dict[str, float | None],
 ) -> Objective:
     """The objective of a regulariser with what was asked for in place of its defaults.
@@ -72,8 +74,8 @@ def choose_objective(
     if REGULARIZERS[regularizer].vlm:
         by_layer = choose_layer_weights(backbone, trained, layers, layer_weights)
     else:
-        vlm_weight = 0.0
-    return Objective(target, regularizer, feature_weight, vlm_weight, by_layer, chosen | asked)
+        vlm_weight = energy_weight = 0.0
+    return Objective(target, regularizer, feature_weight, vlm_weight, energy_weight, by_layer, chosen | asked)
 
 
 def choose_layer_weights(
@@ -130,12 +132,14 @@ class Task:
     Attributes:
         vlm: frozen language models; read only where the regulariser has them.
         statistics: those of `taps_measured`.
+        energies: mean square of projected features by layer, where the objective weighs it.
         name: of the descent.
     """
 
     backbone: Backbone
     vlm: VisualLanguageModel
     statistics: Statistics
+    energies: dict[str, float]
     objective: Objective
     name: str
     descent: Descent
@@ -156,6 +160,8 @@ class Task:
             layer_weights=wanted.layer_weights,
             penalties=wanted.penalties,
             in_turn=self.descent.in_turn,
+            energy_weight=wanted.energy_weight,
+            energies=self.energies,
         )
 
     def start(self, number: int) -> Image:
@@ -178,6 +184,7 @@ class Task:
             "weights_sha256": weights_sha256,
             "vlm_sha256": vlm_sha256 if REGULARIZERS[self.objective.regularizer].vlm else None,
             "statistics_sha256": artefacts.hash_rows(tensors),
+            "energies": self.energies,
             **asdict(self.objective),
             "descent": self.name,
             "learning_rate": self.schedule.learning_rate,

@@ -1,6 +1,6 @@
 """What is inverted: images, rows of stage 1 or stored features; and the statistics of the taps."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from models.backbones import Backbone, centre_crop
 from models.checkpoints import check_channels, read_tensors, take_statistics
 from models.errors import UserError
 from models.projection import Moments
+from models.vlm import VisualLanguageModel
 from pipeline import artefacts, images
 from pipeline.presets import SAMPLES
 from pipeline.progress import Progress
@@ -20,6 +21,7 @@ from pipeline.scaling import area_scale
 from pipeline.sources import list_images as list_views
 from pipeline.splits import rows_of
 
+ENERGY_VIEWS = 32  # of the sample photos, for the energies of language models
 SAMPLE_VIEWS = 128  # of the sample photos, for taps that nobody measured
 Statistics = dict[str, dict[str, Tensor]]  # mean and std (C,) by tap
 
@@ -139,13 +141,28 @@ def needed_statistics(
 def sample_statistics(backbone: Backbone, tap: str) -> dict[str, Tensor]:
     """Mean and std (C,) of a tap over `SAMPLE_VIEWS` square views of the sample photos, always the same ones."""
     moments = Moments(backbone.architecture.channels(tap))
-    with Progress(SAMPLE_VIEWS, f"statistics of {tap}", "views") as progress, torch.no_grad():
-        for view in list_views(SAMPLES, SAMPLE_VIEWS, seed=0):
+    for features in sample_features(backbone, [tap], SAMPLE_VIEWS, f"statistics of {tap}"):
+        moments.update(features[tap])
+    return {"mean": moments.mean.float(), "std": moments.guarded_std()[0].float()}
+
+
+def sample_energies(backbone: Backbone, vlm: VisualLanguageModel, layers: list[str]) -> dict[str, float]:
+    """Mean square of projected features by layer over `ENERGY_VIEWS` of the views of `sample_statistics`."""
+    sums = dict.fromkeys(layers, 0.0)
+    for features in sample_features(backbone, layers, ENERGY_VIEWS, "energies"):
+        for layer, p in vlm.project(features).items():
+            sums[layer] += p.square().mean().item() / ENERGY_VIEWS
+    return sums
+
+
+def sample_features(backbone: Backbone, taps: list[str], views: int, what: str) -> Iterator[dict[str, Tensor]]:
+    """Features by tap of so many square views of the sample photos, one view (1, …) at a time."""
+    with Progress(views, what, "views") as progress, torch.no_grad():
+        for view in list_views(SAMPLES, views, seed=0):
             rgb = torch.from_numpy(area_scale(view.read(), images.STORED_SIZE, images.STORED_SIZE))
             x = centre_crop(rgb.permute(2, 0, 1)[None].float(), *backbone.architecture.crop)
-            moments.update(backbone(backbone.preprocess(x.to(backbone.device)), [tap])[tap])
+            yield backbone(backbone.preprocess(x.to(backbone.device)), taps)
             progress.update()
-    return {"mean": moments.mean.float(), "std": moments.guarded_std()[0].float()}
 
 
 def read_statistics(path: Path, backbone: str) -> Statistics:

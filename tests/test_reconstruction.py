@@ -189,7 +189,14 @@ def test_every_term_of_the_loss_is_weighted(alexnet: Backbone, workspace: Path) 
     assert list(terms) == ["total", "feature", "conv4", "conv5", "tv"]
     expected = 3 * terms["feature"] + 7 * (0.5 * terms["conv4"] + 0.25 * terms["conv5"]) + 11 * terms["tv"]
     assert terms["total"] == pytest.approx(expected, rel=1e-6)
-    loss.in_turn = True
+    loss.energy_weight, loss.energies = 5.0, {"conv4": 2.0, "conv5": 3.0}
+    with_energy = {name: value.item() for name, value in loss(x).items()}
+    p = vlm.project(alexnet(alexnet.from_pixels(x), list(weights)))
+    energies = {layer: float(np.mean(np.square(value.numpy()))) for layer, value in p.items()}
+    by_hand = 0.5**0.5 * (energies["conv4"] / 2 - 1) ** 2 + 0.25**0.5 * (energies["conv5"] / 3 - 1) ** 2
+    assert with_energy["energy"] == pytest.approx(by_hand, rel=1e-5)
+    assert with_energy["total"] == pytest.approx(terms["total"] + 5 * by_hand, rel=1e-5)
+    loss.energy_weight, loss.in_turn = 0.0, True
     turns = [loss(x, update) for update in range(8)]
     assert all(turns[i]["conv4"] == turns[i + 4]["conv4"] for i in range(4)), "four updates look along all directions"
     for layer in weights:
