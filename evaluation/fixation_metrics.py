@@ -66,7 +66,7 @@ class Case:
 
     @cached_property
     def target(self) -> np.ndarray:
-        """The fixations (H, W), blurred; made once for all metrics."""
+        """The fixations (H, W) float64, each a Gaussian of mass 1; made once for all metrics."""
         height, width = self.values.shape
         return _blurred_impulses(self.rows, height, self.sigma).T @ _blurred_impulses(self.columns, width, self.sigma)
 
@@ -87,63 +87,56 @@ class Metric:
         return self.score(case) if case.rows.size else math.nan
 
 
-def _shuffled_auc(case: Case) -> float:
-    return _mean_rank(case.found, case.values[case.other_rows, case.other_columns])
+def auc(case: Case) -> float:
+    """Area under the ROC curve, 0…1, 0.5 = chance: fixated pixels against ALL pixels of the map.
+
+    The probability that the map is higher at a fixation than at a pixel drawn at random.
+    """
+    return mean_rank(case.found, case.values.ravel())
 
 
-def _nss(case: Case) -> float:
+def shuffled_auc(case: Case) -> float:
+    """Shuffled AUC, 0…1: fixated pixels against the pixels fixated in other images, about 0.5 for a mere centre bias.
+
+    All of those are used, repeats too (`fixations_elsewhere` makes them), so the value is deterministic. NaN where
+    there are none.
+    """
+    return mean_rank(case.found, case.values[case.other_rows, case.other_columns])
+
+
+def nss(case: Case) -> float:
+    """Normalised scanpath saliency: mean over the fixations of the map in units of its population std, mean 0."""
     return float(_standardised(case.values)[case.rows, case.columns].mean())
+
+
+def cc(case: Case) -> float:
+    """Pearson correlation, -1…1, of the map with the blurred fixations."""
+    return float(np.vdot(_standardised(case.values), _standardised(case.target)) / case.values.size)
+
+
+def sim(case: Case) -> float:
+    """Similarity, 0…1: the mass that the map and the blurred fixations share as densities."""
+    return float(np.minimum(_density(case.values), _density(case.target)).sum())
+
+
+def kld(case: Case) -> float:
+    """Kullback-Leibler divergence in nats of the map from the blurred fixations; 0 is best.
+
+    Both are scaled to densities p (map) and q (fixations): Σ q log(ε + q / (p + ε)).
+    """
+    p, q = _density(case.values), _density(case.target)
+    return float((q * np.log(KLD_EPSILON + q / (p + KLD_EPSILON))).sum())
 
 
 # Every metric of the tables, by its name in files.
 METRICS: dict[str, Metric] = {
-    "auc": Metric("AUC", lambda case: _mean_rank(case.found, case.values.ravel()), of_people=True),
-    "sauc": Metric("sAUC", _shuffled_auc, of_people=True),
-    "nss": Metric("NSS", _nss, of_people=True),
-    "cc": Metric("CC", lambda case: _correlation(case.values, case.target)),
-    "sim": Metric("SIM", lambda case: _intersection(case.values, case.target)),
-    "kld": Metric("KLD", lambda case: _divergence(case.values, case.target)),
+    "auc": Metric("AUC", auc, of_people=True),
+    "sauc": Metric("sAUC", shuffled_auc, of_people=True),
+    "nss": Metric("NSS", nss, of_people=True),
+    "cc": Metric("CC", cc),
+    "sim": Metric("SIM", sim),
+    "kld": Metric("KLD", kld),
 }
-
-
-def auc(saliency: ArrayLike, x: ArrayLike, y: ArrayLike) -> float:
-    """Area under the ROC curve, 0…1, 0.5 = chance: fixated pixels against ALL pixels of the map (H, W).
-
-    The probability that the map is higher at a fixation than at a pixel drawn at random.
-    """
-    return METRICS["auc"](Case.of(saliency, x, y))
-
-
-def shuffled_auc(saliency: ArrayLike, x: ArrayLike, y: ArrayLike, other_x: ArrayLike, other_y: ArrayLike) -> float:
-    """Shuffled AUC, 0…1: fixated pixels against the pixels fixated in other images, about 0.5 for a mere centre bias.
-
-    other_x, other_y (M,) are those fixations in pixels of this map, repeats kept: `fixations_elsewhere` makes them.
-    All of them are used, so the value is deterministic. NaN where there are none.
-    """
-    return METRICS["sauc"](Case.of(saliency, x, y, other_x, other_y))
-
-
-def nss(saliency: ArrayLike, x: ArrayLike, y: ArrayLike) -> float:
-    """Normalised scanpath saliency: mean over the fixations of the map in units of its population std, mean 0."""
-    return METRICS["nss"](Case.of(saliency, x, y))
-
-
-def cc(saliency: ArrayLike, x: ArrayLike, y: ArrayLike, *, sigma: float = BLUR_SIGMA) -> float:
-    """Pearson correlation, -1…1, of the map with the fixations blurred by `sigma` pixels."""
-    return METRICS["cc"](Case.of(saliency, x, y, sigma=sigma))
-
-
-def sim(saliency: ArrayLike, x: ArrayLike, y: ArrayLike, *, sigma: float = BLUR_SIGMA) -> float:
-    """Similarity, 0…1: the mass that the map and the fixations blurred by `sigma` pixels share as densities."""
-    return METRICS["sim"](Case.of(saliency, x, y, sigma=sigma))
-
-
-def kld(saliency: ArrayLike, x: ArrayLike, y: ArrayLike, *, sigma: float = BLUR_SIGMA) -> float:
-    """Kullback-Leibler divergence in nats of the map from the fixations blurred by `sigma` pixels; 0 is best.
-
-    Both are scaled to densities p (map) and q (fixations): Σ q log(ε + q / (p + ε)).
-    """
-    return METRICS["kld"](Case.of(saliency, x, y, sigma=sigma))
 
 
 def all_scores(
@@ -220,21 +213,12 @@ def inter_observer(
     return dict(zip(of_people, np.mean(scores, axis=0).tolist(), strict=True))
 
 
-def blurred_fixations(x: ArrayLike, y: ArrayLike, height: int, width: int, *, sigma: float = BLUR_SIGMA) -> np.ndarray:
-    """Map (height, width) float64 of fixations, each a Gaussian of mass 1 and standard deviation `sigma` pixels.
-
-    Equal to counting the fixations per pixel and blurring with scipy's `gaussian_filter` (mirrored at the edges, cut
-    after 4 standard deviations), as one matrix product: a Gaussian is a column times a row.
-
-    Raises:
-        ValueError: fixations outside, or sigma not positive.
-    """
-    rows, columns = _pixels((height, width), x, y)
-    return _blurred_impulses(rows, height, sigma).T @ _blurred_impulses(columns, width, sigma)  # (H, K) (K, W)
-
-
 def _blurred_impulses(positions: np.ndarray, size: int, sigma: float) -> np.ndarray:
-    """(K, size): row k is a unit impulse at positions[k] after a Gaussian blur mirrored at both ends."""
+    """(K, size): row k is a unit impulse at positions[k] after a Gaussian blur mirrored at both ends.
+
+    Equal to scipy's `gaussian_filter`, which cuts after 4 standard deviations. A Gaussian is a column times a row, so
+    fixations are blurred by one matrix product of their impulses.
+    """
     if not (math.isfinite(sigma) and sigma > 0):
         raise ValueError(f"the blur's standard deviation must be positive, not {sigma}")
     radius = int(TRUNCATE * sigma + 0.5)
@@ -286,7 +270,7 @@ def _pixels(shape: Sequence[int], x: ArrayLike, y: ArrayLike) -> tuple[np.ndarra
     return y.astype(np.int64), x.astype(np.int64)
 
 
-def _mean_rank(positives: np.ndarray, negatives: np.ndarray) -> float:
+def mean_rank(positives: np.ndarray, negatives: np.ndarray) -> float:
     """Mean over the positives of the share of negatives below, ties one half: the area under the ROC curve."""
     if not positives.size or not negatives.size:
         return math.nan
@@ -319,16 +303,3 @@ def _density(values: np.ndarray) -> np.ndarray:
         values = values - values.min()
     total = values.sum()
     return values / total if total > 0 else np.full(values.shape, 1 / values.size)
-
-
-def _correlation(values: np.ndarray, target: np.ndarray) -> float:
-    return float(np.vdot(_standardised(values), _standardised(target)) / values.size)
-
-
-def _intersection(values: np.ndarray, target: np.ndarray) -> float:
-    return float(np.minimum(_density(values), _density(target)).sum())
-
-
-def _divergence(values: np.ndarray, target: np.ndarray) -> float:
-    p, q = _density(values), _density(target)
-    return float((q * np.log(KLD_EPSILON + q / (p + KLD_EPSILON))).sum())

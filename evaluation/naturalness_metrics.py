@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from evaluation.fixation_metrics import mean_rank
+
 WEIGHTS_AT_ONCE = 1 << 22  # values of the bootstrap's resamples held at a time
 
 
@@ -44,7 +46,7 @@ def auc_with_interval(
     return float(table.mean()), float(low), float(high)
 
 
-def region_auc(unnaturalness: np.ndarray, mask: np.ndarray, stride: int) -> float:
+def region_auc(unnaturalness: np.ndarray, mask: np.ndarray, stride: tuple[int, int]) -> float:
     """How well a map (h, w) of a layer with this stride tells the pixels of a region from all others, 0…1, ½ by chance.
 
     The map is enlarged and placed as `models.unnaturalness.postprocess` does, without power and blur; pixels at the rim
@@ -58,8 +60,4 @@ def region_auc(unnaturalness: np.ndarray, mask: np.ndarray, stride: int) -> floa
     values = interpolate(from_numpy(unnaturalness)[None, None], scale_factor=stride, mode="bilinear")[0, 0].numpy()
     values = pad_to(values, *np.minimum(values.shape, mask.shape))  # cropped where the map is larger
     inside = pad_to(mask, *values.shape)
-    positives, negatives = values[inside], np.sort(values[~inside])
-    if not positives.size or not negatives.size:
-        return math.nan
-    below, up_to = (np.searchsorted(negatives, positives, side=side) for side in ("left", "right"))
-    return float((below + up_to).mean() / (2 * negatives.size))
+    return mean_rank(values[inside], values[~inside])

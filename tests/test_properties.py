@@ -21,6 +21,7 @@ from models.vlm import (
     layer_map,
     to_sequences,
 )
+from tests.evaluation.test_fixation_metrics import SINGLE, score
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # of float64, summed in another order
 UPSIDE_DOWN = {"down": "up", "up": "down", "right": "right", "left": "left"}
@@ -266,28 +267,28 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], t
 @given(cases())
 def test_aucs_do_not_change_under_increasing_maps(case) -> None:
     values, own, others = case
-    auc, shuffled = metrics.auc(values, *own), metrics.shuffled_auc(values, *own, *others)
+    auc, shuffled = score("auc", values, *own), score("sauc", values, *own, *others)
     for change in INCREASING.values():
-        assert metrics.auc(change(values), *own) == auc
-        assert metrics.shuffled_auc(change(values), *own, *others) == shuffled
-    assert metrics.auc(-values, *own) == pytest.approx(1 - auc)
-    assert metrics.shuffled_auc(-values, *own, *others) == pytest.approx(1 - shuffled)
-    assert metrics.shuffled_auc(values, *others, *own) == pytest.approx(1 - shuffled)
+        assert score("auc", change(values), *own) == auc
+        assert score("sauc", change(values), *own, *others) == shuffled
+    assert score("auc", -values, *own) == pytest.approx(1 - auc)
+    assert score("sauc", -values, *own, *others) == pytest.approx(1 - shuffled)
+    assert score("sauc", values, *others, *own) == pytest.approx(1 - shuffled)
 
 
 @few
 @given(cases(), st.floats(0.01, 100), st.floats(-100, 100))
 def test_nss_and_cc_do_not_change_under_affine_maps(case, scale: float, shift: float) -> None:
     values, own, _ = case
-    for metric, options in ((metrics.nss, {}), (metrics.cc, {"sigma": SIGMA})):
+    for metric, options in ((SINGLE["nss"], {}), (SINGLE["cc"], {"sigma": SIGMA})):
         before = metric(values, *own, **options)
         assert metric(scale * values + shift, *own, **options) == pytest.approx(before, abs=1e-7)
         assert metric(-scale * values + shift, *own, **options) == pytest.approx(-before, abs=1e-7)
-    for metric in (metrics.sim, metrics.kld):  # densities: they see a shift, but no factor
+    for metric in (SINGLE["sim"], SINGLE["kld"]):  # densities: they see a shift, but no factor
         before = metric(values, *own, sigma=SIGMA)
         assert metric(scale * values, *own, sigma=SIGMA) == pytest.approx(before, abs=1e-7)
-    assert 0 <= metrics.sim(values, *own, sigma=SIGMA) <= 1 + 1e-12
-    assert metrics.kld(values, *own, sigma=SIGMA) > -1e-9
+    assert 0 <= score("sim", values, *own, sigma=SIGMA) <= 1 + 1e-12
+    assert score("kld", values, *own, sigma=SIGMA) > -1e-9
 
 
 @few

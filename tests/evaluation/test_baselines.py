@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evaluation import baselines
-from evaluation.fixation_metrics import auc
+from evaluation.fixation_metrics import Case, auc
 
 
 def test_centre_gaussian():
@@ -27,7 +27,7 @@ def test_spectral_residual_finds_the_odd_patch():
     assert saliency.shape == (120, 160) and saliency.dtype == np.float64 and saliency.min() >= 0
     row, column = np.unravel_index(saliency.argmax(), saliency.shape)
     assert 14 <= row <= 38 and 94 <= column <= 122
-    assert auc(saliency, [108], [26]) > 0.97
+    assert auc(Case.of(saliency, [108], [26])) > 0.97
     raw = baselines.spectral_residual(rgb, blur=0)
     assert raw.std() / raw.mean() > saliency.std() / saliency.mean()
 

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,18 @@ from scipy.ndimage import gaussian_filter
 from evaluation import fixation_metrics as metrics
 from evaluation.baselines import centre_gaussian
 
-SINGLE = {name: getattr(metrics, name) for name in ("auc", "nss", "cc", "sim", "kld")}
+
+def score(metric, saliency, *fixations, sigma=metrics.BLUR_SIGMA):
+    """A metric of a map on x, y and, for the shuffled AUC, the fixations elsewhere."""
+    return metrics.METRICS[metric](metrics.Case.of(saliency, *fixations, sigma=sigma))
+
+
+SINGLE = {name: partial(score, name) for name in metrics.METRICS if name != "sauc"}
+
+
+def blurred(x, y, height, width, sigma):
+    """The fixations that CC, SIM and KLD compare a map with."""
+    return metrics.Case.of(np.zeros((height, width)), x, y, sigma=sigma).target
 
 
 def random_fixations(count, height, width, seed=0):
@@ -46,40 +58,40 @@ def test_both_aucs_and_nss_equal_plain_loops(case, others, seed):
     values, x, y = case
     height, width = values.shape
     at = [values[math.floor(b), math.floor(a)] for a, b in zip(x, y, strict=True)]
-    assert metrics.auc(values, x, y) == pytest.approx(auc_by_loops(at, values.ravel()), abs=1e-12)
+    assert score("auc", values, x, y) == pytest.approx(auc_by_loops(at, values.ravel()), abs=1e-12)
     other_x, other_y = random_fixations(others, height, width, seed)
     elsewhere = [values[math.floor(b), math.floor(a)] for a, b in zip(other_x, other_y, strict=True)]
-    shuffled = metrics.shuffled_auc(values, x, y, other_x, other_y)
+    shuffled = score("sauc", values, x, y, other_x, other_y)
     assert shuffled == pytest.approx(auc_by_loops(at, elsewhere), abs=1e-12)
     mean = sum(values.ravel()) / values.size
     std = math.sqrt(sum((v - mean) ** 2 for v in values.ravel()) / values.size)
     expected = sum((v - mean) / std for v in at) / len(at) if values.min() < values.max() else 0.0
-    assert metrics.nss(values, x, y) == pytest.approx(expected, abs=1e-9)
+    assert score("nss", values, x, y) == pytest.approx(expected, abs=1e-9)
 
 
 def test_rows_are_y_and_columns_are_x():
     values = np.zeros((4, 6))
     values[1, 5] = 1
-    assert metrics.auc(values, [5.9], [1.9]) == pytest.approx((23 + 0.5) / 24)
-    assert metrics.auc(values, [1], [3]) == pytest.approx(0.5 * 23 / 24)
-    assert np.argwhere(metrics.blurred_fixations([5.9], [1.9], 4, 6, sigma=0.1) > 0.5).tolist() == [[1, 5]]
+    assert score("auc", values, [5.9], [1.9]) == pytest.approx((23 + 0.5) / 24)
+    assert score("auc", values, [1], [3]) == pytest.approx(0.5 * 23 / 24)
+    assert np.argwhere(blurred([5.9], [1.9], 4, 6, sigma=0.1) > 0.5).tolist() == [[1, 5]]
 
 
 def test_perfect_inverted_and_constant_map():
     x, y = np.array([3.0, 3.2, 7.5]), np.array([2.0, 2.7, 9.1])
     perfect = np.zeros((11, 10))
     perfect[y.astype(int), x.astype(int)] = 1  # 2 of 110 pixels, tied with themselves
-    assert metrics.auc(perfect, x, y) == pytest.approx((108 + 1) / 110)
-    assert metrics.auc(-perfect, x, y) == pytest.approx(1 / 110)
-    assert metrics.shuffled_auc(perfect, x, y, [0, 1], [0, 1]) == 1.0
-    assert metrics.nss(perfect, x, y) == pytest.approx(math.sqrt(108 / 2))
+    assert score("auc", perfect, x, y) == pytest.approx((108 + 1) / 110)
+    assert score("auc", -perfect, x, y) == pytest.approx(1 / 110)
+    assert score("sauc", perfect, x, y, [0, 1], [0, 1]) == 1.0
+    assert score("nss", perfect, x, y) == pytest.approx(math.sqrt(108 / 2))
     for level in (0.0, 0.1, -7.3, 1e300, 3):
         constant = np.full((11, 10), level)
-        assert metrics.auc(constant, x, y) == metrics.shuffled_auc(constant, x, y, x, y) == 0.5
-        assert metrics.nss(constant, x, y) == metrics.cc(constant, x, y) == 0.0
-        uniform = metrics.sim(np.ones((11, 10)), x, y, sigma=2)
-        assert metrics.sim(constant, x, y, sigma=2) == pytest.approx(uniform)
-        assert metrics.kld(constant, x, y, sigma=2) == pytest.approx(metrics.kld(np.ones((11, 10)), x, y, sigma=2))
+        assert score("auc", constant, x, y) == score("sauc", constant, x, y, x, y) == 0.5
+        assert score("nss", constant, x, y) == score("cc", constant, x, y) == 0.0
+        uniform = score("sim", np.ones((11, 10)), x, y, sigma=2)
+        assert score("sim", constant, x, y, sigma=2) == pytest.approx(uniform)
+        assert score("kld", constant, x, y, sigma=2) == pytest.approx(score("kld", np.ones((11, 10)), x, y, sigma=2))
 
 
 def test_shuffled_auc_of_a_centre_blob_is_a_half_where_everybody_looks_at_the_centre():
@@ -94,8 +106,8 @@ def test_shuffled_auc_of_a_centre_blob_is_a_half_where_everybody_looks_at_the_ce
     for i in range(40):
         elsewhere = metrics.fixations_elsewhere(image, x, y, sizes, i)
         assert elsewhere[0].size == count - (image == i).sum()
-        shuffled.append(metrics.shuffled_auc(blob, x[image == i], y[image == i], *elsewhere))
-        plain.append(metrics.auc(blob, x[image == i], y[image == i]))
+        shuffled.append(score("sauc", blob, x[image == i], y[image == i], *elsewhere))
+        plain.append(score("auc", blob, x[image == i], y[image == i]))
     assert np.mean(shuffled) == pytest.approx(0.5, abs=0.01)
     assert np.mean(plain) > 0.75
 
@@ -107,7 +119,7 @@ def test_fixations_elsewhere_are_scaled_by_size_and_stay_inside():
     got_x, got_y = metrics.fixations_elsewhere(image, x, y, sizes, 0)
     np.testing.assert_allclose(got_x, [6, 6, 30])
     np.testing.assert_allclose(got_y, [5, 5, 8])
-    metrics.shuffled_auc(np.eye(10, 30), x[:1], y[:1], got_x, got_y)  # the last lies inside, however it is rounded
+    score("sauc", np.eye(10, 30), x[:1], y[:1], got_x, got_y)  # the last lies inside, however it is rounded
     for width in range(1, 400):
         edge = metrics.fixations_elsewhere(
             np.array([0]), np.array([np.nextafter(7, 0)]), np.array([0.0]), np.array([[1, 7], [1, width]]), 1
@@ -121,12 +133,12 @@ def test_aucs_only_see_the_order_and_nss_only_the_shape(case):
     values, x, y = case
     others = random_fixations(9, *values.shape)
     for changed in (np.exp(values), values**3, values * 1e-200, values.astype(np.float32), values.astype(np.int8)):
-        assert metrics.auc(changed, x, y) == metrics.auc(values, x, y)
-        assert metrics.shuffled_auc(changed, x, y, *others) == metrics.shuffled_auc(values, x, y, *others)
+        assert score("auc", changed, x, y) == score("auc", values, x, y)
+        assert score("sauc", changed, x, y, *others) == score("sauc", values, x, y, *others)
     for scale, shift in ((3.0, -2.0), (0.01, 5.0), (1e200, 0.0), (1e-200, 0.0), (1e308 / 4, 0.0)):
-        assert metrics.nss(values * scale + shift, x, y) == pytest.approx(metrics.nss(values, x, y), abs=1e-9)
-        assert metrics.cc(values * scale + shift, x, y) == pytest.approx(metrics.cc(values, x, y), abs=1e-9)
-    assert metrics.nss(-values, x, y) == pytest.approx(-metrics.nss(values, x, y), abs=1e-12)
+        assert score("nss", values * scale + shift, x, y) == pytest.approx(score("nss", values, x, y), abs=1e-9)
+        assert score("cc", values * scale + shift, x, y) == pytest.approx(score("cc", values, x, y), abs=1e-9)
+    assert score("nss", -values, x, y) == pytest.approx(-score("nss", values, x, y), abs=1e-12)
 
 
 @pytest.mark.parametrize("sigma", [0.3, 2.0, 5.0, 23.99])
@@ -135,29 +147,29 @@ def test_blur_equals_scipy(size, sigma):
     x, y = random_fixations(20, *size)
     counts = np.zeros(size)
     np.add.at(counts, (y.astype(int), x.astype(int)), 1)
-    blurred = metrics.blurred_fixations(x, y, *size, sigma=sigma)
-    np.testing.assert_allclose(blurred, gaussian_filter(counts, sigma, mode="reflect"), rtol=1e-9, atol=1e-12)
-    assert blurred.sum() == pytest.approx(20)
+    found = blurred(x, y, *size, sigma=sigma)
+    np.testing.assert_allclose(found, gaussian_filter(counts, sigma, mode="reflect"), rtol=1e-9, atol=1e-12)
+    assert found.sum() == pytest.approx(20)
 
 
 def test_cc_sim_and_kld_of_the_blurred_fixations_themselves():
     x, y = random_fixations(30, 40, 50)
-    own = metrics.blurred_fixations(x, y, 40, 50, sigma=3)
+    own = blurred(x, y, 40, 50, sigma=3)
     for scale in (1.0, 7.0):
-        assert metrics.cc(scale * own, x, y, sigma=3) == pytest.approx(1)
-        assert metrics.sim(scale * own, x, y, sigma=3) == pytest.approx(1)
-        assert metrics.kld(scale * own, x, y, sigma=3) == pytest.approx(0, abs=1e-9)
-    assert metrics.cc(-own, x, y, sigma=3) == pytest.approx(-1)
+        assert score("cc", scale * own, x, y, sigma=3) == pytest.approx(1)
+        assert score("sim", scale * own, x, y, sigma=3) == pytest.approx(1)
+        assert score("kld", scale * own, x, y, sigma=3) == pytest.approx(0, abs=1e-9)
+    assert score("cc", -own, x, y, sigma=3) == pytest.approx(-1)
 
 
 def test_sim_and_kld_by_hand():
     # A blur far narrower than a pixel leaves one fixation per cell: q = (1/2, 1/2, 0, 0).
     x, y = [0, 1], [0, 0]
     values = np.array([[1.0, 3.0], [0.0, 0.0]])
-    assert metrics.sim(values, x, y, sigma=0.1) == pytest.approx(0.25 + 0.5)
-    assert metrics.kld(values, x, y, sigma=0.1) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75))
-    assert metrics.sim(values - 5, x, y, sigma=0.1) == pytest.approx(0.75)  # shifted to minimum 0
-    misses = metrics.kld(np.array([[0.0, 0.0], [1.0, 1.0]]), x, y, sigma=0.1)
+    assert score("sim", values, x, y, sigma=0.1) == pytest.approx(0.25 + 0.5)
+    assert score("kld", values, x, y, sigma=0.1) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75))
+    assert score("sim", values - 5, x, y, sigma=0.1) == pytest.approx(0.75)  # shifted to minimum 0
+    misses = score("kld", np.array([[0.0, 0.0], [1.0, 1.0]]), x, y, sigma=0.1)
     assert misses == pytest.approx(math.log(0.5 / metrics.KLD_EPSILON))
 
 
@@ -166,10 +178,10 @@ def test_no_fixations_and_one_fixation():
     for metric in SINGLE.values():
         assert math.isnan(metric(values, [], []))
         assert math.isfinite(metric(values, [2.5], [1.5]))
-    assert math.isnan(metrics.shuffled_auc(values, [], [], [1], [1]))
-    assert math.isnan(metrics.shuffled_auc(values, [1], [1], [], []))
+    assert math.isnan(score("sauc", values, [], [], [1], [1]))
+    assert math.isnan(score("sauc", values, [1], [1], [], []))
     assert all(map(math.isnan, metrics.all_scores(values, [], [], [1], [1]).values()))
-    assert metrics.auc(values, [2.5], [1.5]) == pytest.approx(6.5 / 12)
+    assert score("auc", values, [2.5], [1.5]) == pytest.approx(6.5 / 12)
 
 
 @pytest.mark.parametrize("fixations", [0, 1, 5])
@@ -205,9 +217,9 @@ def test_one_pixel():
 
 def test_one_fixation_by_hand():
     values = np.arange(6.0).reshape(2, 3)
-    assert metrics.auc(values, [2], [1]) == pytest.approx(5.5 / 6)  # five pixels below, itself one half
-    assert metrics.shuffled_auc(values, [1], [0], [0, 1, 2, 2], [0, 0, 0, 1]) == pytest.approx(1.5 / 4)
-    assert metrics.nss(values, [2], [1]) == pytest.approx(2.5 / math.sqrt(35 / 12))
+    assert score("auc", values, [2], [1]) == pytest.approx(5.5 / 6)  # five pixels below, itself one half
+    assert score("sauc", values, [1], [0], [0, 1, 2, 2], [0, 0, 0, 1]) == pytest.approx(1.5 / 4)
+    assert score("nss", values, [2], [1]) == pytest.approx(2.5 / math.sqrt(35 / 12))
 
 
 def test_all_scores_are_the_single_ones():
@@ -216,7 +228,7 @@ def test_all_scores_are_the_single_ones():
     others = random_fixations(40, 20, 30, seed=5)
     scores = metrics.all_scores(values, x, y, *others, sigma=4)
     assert tuple(scores) == tuple(metrics.METRICS)
-    assert scores["sauc"] == metrics.shuffled_auc(values, x, y, *others)
+    assert scores["sauc"] == score("sauc", values, x, y, *others)
     for name, metric in SINGLE.items():
         assert scores[name] == (metric(values, x, y) if name in ("auc", "nss") else metric(values, x, y, sigma=4))
 
@@ -236,19 +248,19 @@ def test_fixations_outside_or_unpaired_are_refused(name, x, y):
     with pytest.raises(ValueError, match="fixations"):
         SINGLE[name](np.eye(4, 5), x, y)
     with pytest.raises(ValueError, match="fixations"):
-        metrics.shuffled_auc(np.eye(4, 5), [1], [1], x, y)
+        score("sauc", np.eye(4, 5), [1], [1], x, y)
 
 
 @pytest.mark.parametrize("values", [np.ones(5), np.ones((2, 2, 3)), np.ones((0, 4)), np.full((2, 2), 1j), [["a"]]])
 def test_arrays_that_are_no_map_are_refused(values):
     with pytest.raises(ValueError, match="map"):
-        metrics.auc(values, [], [])
+        score("auc", values, [], [])
 
 
 def test_sigma_must_be_positive():
     for sigma in (0, -1, np.nan, np.inf):
         with pytest.raises(ValueError, match="positive"):
-            metrics.cc(np.eye(5), [1], [1], sigma=sigma)
+            score("cc", np.eye(5), [1], [1], sigma=sigma)
 
 
 def test_inter_observer_equals_plain_loops():
@@ -265,9 +277,9 @@ def test_inter_observer_equals_plain_loops():
         own = x[subject == left_out], y[subject == left_out]
         expected.append(
             (
-                metrics.auc(prediction, *own),
-                metrics.shuffled_auc(prediction, *own, *others),
-                metrics.nss(prediction, *own),
+                score("auc", prediction, *own),
+                score("sauc", prediction, *own, *others),
+                score("nss", prediction, *own),
             )
         )
     got = metrics.inter_observer(x, y, subject, *others, height, width, sigma=sigma)

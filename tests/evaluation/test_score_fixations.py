@@ -221,7 +221,7 @@ def test_maps_of_several_layers_are_added(
     ):
         raws = [unnaturalness_map(cnn, loaded, rgb, layer, predictors) for layer in ("conv4", "conv5")]
         total = sum(postprocess(raw, *rgb.shape[:2], 16) for raw in raws)  # each from 0 to 1
-        found = fixation_metrics.nss(total, *looks(data, "b.png", limit=2))
+        found = fixation_metrics.METRICS["nss"](fixation_metrics.Case.of(total, *looks(data, "b.png", limit=2)))
         assert scores[title + name]["b.png"]["nss"] == pytest.approx(found, abs=1e-5)
         if not name:
             written = np.load(tmp_path / "maps" / "b.npy")
@@ -420,7 +420,7 @@ def test_options_of_each_checkpoint(
     total = sum(centred(part, 0.4) for part in parts)
     np.testing.assert_allclose(written, (total - total.min()) / np.ptp(total), atol=1e-4)
     scores, title = read_scores(tmp_path / "out"), "alexnet-conv5+alexnet-conv5-predict-nothing"
-    found = fixation_metrics.nss(written, *looks(data, "b.png", limit=2))
+    found = fixation_metrics.METRICS["nss"](fixation_metrics.Case.of(written, *looks(data, "b.png", limit=2)))
     assert scores[title]["b.png"]["nss"] == pytest.approx(found, abs=1e-4)
     assert f"{title}/feature-contrast" in scores and "alexnet-conv5/feature-contrast" in scores
     names = {p.name for p in (tmp_path / "maps").glob("*unnaturalness*.npy")}
