@@ -131,13 +131,8 @@ def get_parser() -> options.Parser:
         metavar="FILE",
         help="train nothing: add layers trained elsewhere on the same projection",
     )
-    add("--export", type=options.writable_file, metavar="FILE", help="train nothing: write the checkpoint as float16")
-    add(
-        "--init",
-        type=options.readable_file,
-        metavar="FILE",
-        help="checkpoint whose weights the training starts from (paper: N(0, 0.01²))",
-    )
+    add("--export", type=options.writable_file, help="train nothing: write the checkpoint as float16")
+    add("--init", type=options.readable_file, help="checkpoint whose weights training starts from (paper: N(0, 0.01²))")
     add(
         "--from-iteration", type=options.natural, default=0, help="with --init: where in the schedule its weights stand"
     )
@@ -180,9 +175,17 @@ def main(argv: list[str] | None = None) -> None:
     """Train, or with --merge and --export only handle what was trained."""
     args = options.parse_args(get_parser(), argv, "train_vlm")
     args = options.replace(args, out=args.out or args.root / "vlm.safetensors")
-    if args.merge or args.export:
-        from pipeline import language_models
+    if args.from_iteration and not args.init:
+        raise UserError("--from-iteration tells where the weights of --init stand: give both, or neither")
+    if args.from_iteration >= args.iterations:
+        raise UserError(f"--from-iteration {args.from_iteration} leaves nothing of --iterations {args.iterations}")
+    from models.training import check_precision, default_decays, share_of_rate
+    from pipeline import language_models
+    from pipeline.features import open_features
+    from pipeline.splits import split_for_training
+    from pipeline.training_runs import Run, TrainingFacts
 
+    if args.merge or args.export:
         program.announce(args)
         if args.merge:
             with artefacts.claim(args.out):
@@ -190,21 +193,10 @@ def main(argv: list[str] | None = None) -> None:
         else:
             language_models.export(args.out, args.export)
         return
-    if args.from_iteration and not args.init:
-        raise UserError("--from-iteration tells where the weights of --init stand: give both, or neither")
-    if args.from_iteration >= args.iterations:
-        raise UserError(f"--from-iteration {args.from_iteration} leaves nothing of --iterations {args.iterations}")
     device = networks.prepare_device(args.device)
     with distributed.group(device):
-        from pipeline.features import open_features
-
         features = open_features(args.features or args.root / "features", args.layers)
         with artefacts.claim(*(args.root / "train_state" / layer for layer in features.layers)):
-            from models.training import check_precision, default_decays, share_of_rate
-            from pipeline import language_models
-            from pipeline.splits import split_for_training
-            from pipeline.training_runs import Run, TrainingFacts
-
             rate = args.learning_rate or share_of_rate(args.joint_learning_rate, len(features.layers))
             decays = default_decays(args.iterations) if args.decay_at is None else sorted(args.decay_at)
             args = options.replace(args, learning_rate=rate, decay_at=tuple(decays))

@@ -69,14 +69,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], configuration: Mapp
 
 def vlm_tensors(vlm: VisualLanguageModel, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """All tensors of a model under their names in the file; means and deviations stay float32."""
-    tensors: dict[str, Tensor] = {}
+    tensors = projection_tensors(vlm.projections, vlm.statistics)
     for layer, model in vlm.layers.items():
-        projection = vlm.projections[layer]
-        tensors |= {f"{part_name(layer)}.projection.{part}": getattr(projection, part) for part in PROJECTION_PARTS}
         tensors |= {f"{part_name(layer)}.{name}": value for name, value in model.state_dict().items()}
-    tensors = {n: v if n.rsplit(".", 1)[-1] in FULL_PRECISION else v.to(dtype) for n, v in tensors.items()}
-    for tap, values in vlm.statistics.items():
-        tensors |= {f"statistics.{part_name(tap)}.{key}": value.float() for key, value in values.items()}
+    return {n: v.float() if n.rsplit(".", 1)[-1] in FULL_PRECISION else v.to(dtype) for n, v in tensors.items()}
+
+
+def projection_tensors(
+    projections: Mapping[str, Projection], statistics: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Projections by layer, and mean and std by tap, under their names in the file."""
+    tensors: dict[str, Tensor] = {}
+    for layer, projection in projections.items():
+        tensors |= {f"{part_name(layer)}.projection.{part}": getattr(projection, part) for part in PROJECTION_PARTS}
+    for tap, values in statistics.items():
+        tensors |= {f"statistics.{part_name(tap)}.{key}": value for key, value in values.items()}
     return tensors
 
 

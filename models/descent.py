@@ -21,10 +21,7 @@ IMAGE_NORM = 27098.11571533
 # (https://github.com/tensorflow/lucid/blob/6dcc927/lucid/optvis/param/color.py).
 COLORS = torch.tensor([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]])
 COLORS = COLORS / COLORS.norm(dim=0).max()
-# Original code, of pixels in 0-255; its README says 2^20. Measured: 40 updates with the language models from conv1,
-# conv2, conv3, conv4, conv5, pool5 of alexnet, 25 without from conv1_2, conv2_2, conv3_3, conv4_3, conv5_3 of vgg16: it
-# descends everywhere (2^21 diverges at conv4). The fully connected taps, vgg19 and the Caffe networks: not measured.
-PAPER_RATE = 2.0**19
+PAPER_RATE = 2.0**19  # original code, of pixels in 0-255; its README says 2^20
 
 
 class Image(Protocol):

@@ -5,7 +5,7 @@
 - the directions are one batched product per step, with input, hidden state and a row of ones for the bias below each
   other, so that a step needs one product, and so do its weights' gradients;
 - sequences stand last in memory, so that every elementwise operation is long;
-- tanh, three times as dear as the logistic function σ, is replaced by it: tanh(a) = 2σ(2a) - 1 = 1 - 2σ(-2a). For that
+- tanh, dearer than the logistic function σ, is replaced by it: tanh(a) = 2σ(2a) - 1 = 1 - 2σ(-2a). For that
   the cell's rows of the weights are doubled and cells kept with the opposite sign; one call squashes all four gates.
 
 Results equal `nn.LSTM`'s to rounding.

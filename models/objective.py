@@ -89,7 +89,7 @@ class Regularizer:
 REGULARIZERS: dict[str, Regularizer] = {
     "none": Regularizer(),
     # Simonyan et al. start from the mean image, and give no step for inversion: the descent is Mahendran & Vedaldi's,
-    # at a tenth of their rate, which from that start leaves the loss of alexnet's pool5 where it was (80 iterations).
+    # at a tenth of their rate, which from that start does not descend.
     "l2": Regularizer(
         relative=True,
         penalties={"l2": 1.0},
@@ -97,8 +97,7 @@ REGULARIZERS: dict[str, Regularizer] = {
     ),
     "tv": Regularizer(relative=True, penalties={"tv": None, "l6": 8e-10}, descent=MAHENDRAN),
     "vlm": Regularizer(vlm=True),
-    # differs from the paper: a light total variation takes away the noise that its language models let pass. Of 0.3, 1,
-    # 3, 10 and 30, 10 was best by the classifier on five sample photos (alexnet, pool5, 150 updates).
+    # differs from the paper: a light total variation takes away the noise that its language models let pass.
     "vlm+tv": Regularizer(vlm=True, penalties={"tv": 10.0}),
 }
 

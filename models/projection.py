@@ -49,6 +49,10 @@ class Moments:
         """Population standard deviation sqrt(E[x²] - E[x]²), float64 (C,); negative variances count as 0."""
         return (self.squares / self.count - self.mean.square()).clamp(min=0).sqrt()
 
+    def statistics(self) -> dict[str, Tensor]:
+        """`mean` and `std` (C,), float32, as checkpoints hold them."""
+        return {"mean": self.mean.float(), "std": self.guarded_std()[0].float()}
+
     def guarded_std(self) -> tuple[Tensor, list[int]]:
         """`std` with 1 in place of (near-)zero, and the indices of those constant channels.
 

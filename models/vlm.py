@@ -267,8 +267,7 @@ class LayerModel(nn.ModuleDict):
     def is_faster_fused(self, p: Tensor) -> bool:
         """Whether `fused_layer_loss` can and should compute the loss on projected features (N, D, H, W).
 
-        Measured on CPUs, against four nn.LSTM: with as many sequences as components and more it is up to 1.6 times as
-        fast, 3 times for two components; with fewer sequences its products are too thin.
+        On CPUs with as many sequences as components and more; with fewer its products are too thin.
         """
         square = self.cell == "lstm" and p.shape[2] == p.shape[3] > 1
         plain = p.device.type == "cpu" and p.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")

