@@ -98,7 +98,7 @@ def output_folder(out: Path | None, root: Path, source: "Source", single: bool, 
 
 
 def get_parser() -> options.Parser:
-    """Options of this stage."""
+    """Options; those without a default here take the preset's."""
     parser = options.stage_parser(__doc__)
     options.add_weights_options(parser)
     parser.add_argument(

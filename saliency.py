@@ -115,7 +115,7 @@ def write_maps(
 
 
 def get_parser() -> options.Parser:
-    """Options of this stage."""
+    """Options; those without a default here take the preset's."""
     parser = options.stage_parser(__doc__)
     options.add_weights_options(parser)
     parser.add_argument("inputs", nargs="+", metavar="IMAGE|FOLDER", help="images of any size, or folders of them")
@@ -180,16 +180,13 @@ def main(argv: list[str] | None = None) -> int:
     device = networks.prepare_device(args.device)
     out = args.out or args.root / "saliency"
     with distributed.group(device), artefacts.claim(out):
-        from pipeline.detector import Postprocess, each
+        from pipeline.detector import each, postprocess_each
         from pipeline.images import list_images
 
         program.announce(args, device)
         checkpoints = args.vlm or [args.root / "vlm.safetensors"]
         count = len(checkpoints)
-        finish = [
-            Postprocess(args.postprocess, power, blur, args.centre_prior)
-            for power, blur in zip(each(args.power, count, "--power"), each(args.blur, count, "--blur"), strict=True)
-        ]
+        finish = postprocess_each(args.postprocess, args.power, args.blur, args.centre_prior, count)
         predictors = each(args.predictor, count, "--predictor")
         detectors = load_detectors(checkpoints, args.layer, predictors, finish, networks.WeightsChoice.of(args), device)
         of_readings = {name: detector.facts_of(name) for detector in detectors for name in detector.readings}

@@ -143,6 +143,6 @@ def measure_case(case: Case, setup: Setup) -> Report:
 
 
 def measure(setup: Setup) -> Report:
-    """All cases."""
+    """Both passes with every backbone of the cases."""
     reports = [measure_case(case, setup) for case in (QUICK_CASES if setup.quick else CASES)]
     return Report([f for r in reports for f in r.figures], {k: v for r in reports for k, v in r.facts.items()})

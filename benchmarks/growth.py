@@ -90,6 +90,6 @@ def update(setup: Setup) -> list[Report]:
 
 
 def measure(setup: Setup) -> Report:
-    """All of them."""
+    """Exponents of maps in the image's area, of an update in batch, grid and components."""
     reports = [*saliency(setup), *update(setup)]
     return Report([f for r in reports for f in r.figures], {k: v for r in reports for k, v in r.facts.items()})

@@ -4,7 +4,6 @@ A source names rows of the table and gives the map (H, W) of each for an image (
 of another size than its image is an error.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from evaluation.baselines import BASELINES
+from evaluation.journal import text_sha256
 from models.errors import UserError
 from pipeline import artefacts, networks
 from pipeline.images import open_image, output_name
@@ -173,8 +173,7 @@ class Models:
         reading = self.detector.readings[name]
         key = (reading.layer, reading.predictor)
         determined = json.dumps({**self.detector.facts_of(name), "key": key, "image": image_sha256}, sort_keys=True)
-        digest = hashlib.sha256(determined.encode()).hexdigest()
-        return self.cache / name / f"{output_name(path.stem)}-{digest[:16]}.npy"
+        return self.cache / name / f"{output_name(path.stem)}-{text_sha256(determined)[:16]}.npy"
 
 
 class Added:

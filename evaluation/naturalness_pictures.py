@@ -10,6 +10,7 @@ from evaluation import spoiling
 from evaluation.journal import text_sha256
 from evaluation.score_reconstructions import find_results, group_by_model, read_original
 from evaluation.spoiling import Copy
+from models.backbones import central_part
 from models.errors import UserError
 from models.randomness import seed_for
 from pipeline import artefacts
@@ -76,18 +77,12 @@ def items_of(pictures: Sequence[Picture], wanted: list[str], seed: int) -> list[
         other = others[np.random.default_rng(seed_for(seed, "other", picture.name)).integers(len(others))]
 
         def make(crop: tuple[int, int]) -> tuple[np.ndarray, dict[str, Copy]]:
-            original = central(picture.read(), *crop)
-            return original, spoiling.copies(original, central(other.read(), *crop), picture.name, wanted, seed)
+            original = central_part(picture.read(), *crop)
+            return original, spoiling.copies(original, central_part(other.read(), *crop), picture.name, wanted, seed)
 
         return Item(picture.name, picture.digest, make)
 
     return [item(number, picture) for number, picture in enumerate(pictures)]
-
-
-def central(rgb: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The centre crop (height, width, 3) of a picture, as `models.backbones.centre_crop` takes it."""
-    top, left = (rgb.shape[0] - height) // 2, (rgb.shape[1] - width) // 2
-    return rgb[top : top + height, left : left + width]
 
 
 def reconstruction_items(folders: Sequence[Path]) -> tuple[list[Item], dict[str, str]]:

@@ -49,7 +49,7 @@ class Looks:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of this command."""
+    """The command's options, but for those that every command has."""
     parser.add_argument("--stimuli", type=options.folder, help="folder of the images")
     parser.add_argument("--fixations", type=Path, help=".csv, .mat, or MIT1003's folder DATA")
     parser.add_argument("--dataset", choices=tuple(DATASETS), help="download this data set instead")
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     device = networks.prepare_device(args.device)
     with distributed.group(device), artefacts.claim(args.out):
         from evaluation import map_sources
-        from pipeline.detector import Postprocess, each
+        from pipeline.detector import each, postprocess_each
 
         program.announce(args, device)
         places = (args.dataset, args.cache, args.stimuli, args.fixations, args.skip, args.limit)
@@ -96,8 +96,7 @@ def run(args: argparse.Namespace) -> int:
             sources = map_sources.folders(args.maps, looks.images, looks.fixations.sizes)
             if checkpoints := args.vlm or ([] if args.maps or args.baseline else networks.shipped_checkpoints()):
                 count, choice = len(checkpoints), networks.WeightsChoice.of(args)
-                numbers = zip(each(args.power, count, "--power"), each(args.blur, count, "--blur"), strict=True)
-                finish = [Postprocess(args.postprocess, *pair, args.centre_prior) for pair in numbers]
+                finish = postprocess_each(args.postprocess, args.power, args.blur, args.centre_prior, count)
                 predictors = each(args.predictor, count, "--predictor")
                 beside = [name for b in dict.fromkeys(args.baseline) if (name := BASELINES[b].predictor)]
                 found = map_sources.model_sources(

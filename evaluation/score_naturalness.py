@@ -49,7 +49,7 @@ PICTURED = 8  # images in the pictures
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of this command."""
+    """The command's options, but for those that every command has."""
     parser.add_argument("folder", nargs="?", type=options.folder, help="images of any size, instead of --images")
     parser.add_argument(
         "--images", type=options.readable_file, help="images.npy of stage 1: those that every layer held out are taken"
@@ -172,7 +172,7 @@ def write(
     facts: artefacts.Facts,
     out: Path,
 ) -> None:
-    """All files of OUT."""
+    """All files of OUT, from the scores by item."""
     spoiled = sum(not name.startswith(RECONSTRUCTED) for name in scores)
     summary = {
         "images": spoiled,

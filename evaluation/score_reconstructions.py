@@ -81,7 +81,7 @@ Models = dict[str, dict[str, Result]]  # by model and image
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of this command."""
+    """The command's options, but for those that every command has."""
     parser.add_argument("folders", nargs="+", type=options.folder, metavar="FOLDER", help="results of reconstruct.py")
     parser.add_argument("--grid", type=options.natural, default=8, help="images in pictures.png (default: 8)")
     parser.add_argument(
@@ -306,7 +306,7 @@ def write(
     grid: int,
     facts: artefacts.Facts,
 ) -> None:
-    """All files of OUT."""
+    """All files of OUT, from the scores by image; pictures of the first `grid` images."""
     names, seed = list(models), facts["seed"]
     pairs = [(first, second) for place, first in enumerate(names) for second in names[place + 1 :]]
     summary = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models import naturalness, unnaturalness
-from models.backbones import Backbone, centre_crop
+from models.backbones import Backbone, central_part
 from models.checkpoints import load_vlm
 from models.errors import UserError
 from models.vlm import DIRECTIONS, TRIVIAL_PREDICTORS, LayerModel, VisualLanguageModel, layer_map
@@ -154,8 +154,7 @@ class Detector:
             all of them, 100: less), None where the checkpoint does not say.
         """
         height, width = self.backbone.architecture.crop
-        stored = torch.from_numpy(area_scale(rgb, STORED_SIZE, STORED_SIZE).copy()).permute(2, 0, 1)
-        crop = centre_crop(stored, height, width).permute(1, 2, 0).numpy()[None]  # (1, height, width, 3)
+        crop = central_part(area_scale(rgb, STORED_SIZE, STORED_SIZE), height, width)[None]  # (1, height, width, 3)
         found: dict[str, dict[str, float | None]] = {}
         checkpoints = {reading.checkpoint.sha256: reading.checkpoint for reading in self.readings.values()}
         for checkpoint in checkpoints.values():
@@ -180,6 +179,12 @@ class Detector:
     def facts_of(self, name: str) -> artefacts.Facts:
         """All that determines a reading's maps, but the image and what its name says."""
         return {**self.facts, "vlm_sha256": self.readings[name].checkpoint.sha256}
+
+
+def postprocess_each(kind: str, power: Any, blur: Any, centre_prior: float, count: int) -> list[Postprocess]:
+    """The post-processing of each of `count` checkpoints, of options with one value for all, or as many."""
+    numbers = zip(each(power, count, "--power"), each(blur, count, "--blur"), strict=True)
+    return [Postprocess(kind, *pair, centre_prior) for pair in numbers]
 
 
 def each(values: Any, count: int, option: str) -> list[Any]:

@@ -6,7 +6,7 @@ A further network is one `Architecture`, put into `ARCHITECTURES`; every module 
 from difflib import get_close_matches
 
 from models.backbones.architecture import Architecture
-from models.backbones.backbone import Backbone, centre_crop, random_parameters
+from models.backbones.backbone import Backbone, central_part, centre_crop, random_parameters
 from models.backbones.chains import CHAINS, chain, named
 from models.backbones.efficientnet_lite import EFFICIENTNET_LITE0
 from models.errors import UserError
@@ -15,6 +15,7 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "Backbone",
+    "central_part",
     "centre_crop",
     "chain",
     "find_architecture",

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -136,6 +137,11 @@ def centre_crop(images: Tensor, height: int, width: int) -> Tensor:
     # differs from the original: no difference means no crop; its slice 0:-0 returned an empty image
     top, left = (h - height) // 2, (w - width) // 2
     return images[..., top : top + height, left : left + width]
+
+
+def central_part(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """`centre_crop` of a picture (H, W, 3)."""
+    return centre_crop(picture.transpose(2, 0, 1), height, width).transpose(1, 2, 0)
 
 
 def random_parameters(architecture: Architecture, seed: int, upto: str | None = None) -> dict[str, Tensor]:

@@ -15,11 +15,10 @@ from safetensors.torch import save_file
 import evaluate
 import saliency
 from evaluation import naturalness_metrics, naturalness_tables, score_naturalness, tables
-from evaluation.naturalness_pictures import central
 from evaluation.naturalness_readers import MODEL, NOTHING, PREDICTORS, RANDOM, RELATIVE
 from evaluation.spoiling import SPOILINGS, Spoiling
 from models import checkpoints, naturalness
-from models.backbones import ARCHITECTURES, Backbone, centre_crop, random_parameters
+from models.backbones import ARCHITECTURES, Backbone, central_part, centre_crop, random_parameters
 from models.errors import UserError
 from models.vlm import DIRECTIONS, layer_loss, layer_map, predict_nothing, repeat_last
 from pipeline import artefacts, figures
@@ -145,7 +144,7 @@ def test_mean_image_is_subtracted_before_the_crop() -> None:
     vlm = tiny_model()
     whole = torch.from_numpy(photo).permute(2, 0, 1)[None].float()
     features = backbone(centre_crop(backbone.preprocess(whole), 25, 24), ["conv2"])["conv2"]
-    found = naturalness.features_of_crops(backbone, vlm, central(photo, 25, 24)[None], ["conv2"])["conv2"]
+    found = naturalness.features_of_crops(backbone, vlm, central_part(photo, 25, 24)[None], ["conv2"])["conv2"]
     torch.testing.assert_close(found, vlm.projections["conv2"](features))
 
 
