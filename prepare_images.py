@@ -137,6 +137,7 @@ def get_parser() -> options.Parser:
     parser.add_argument("--out", type=options.writable_file, help="where to write (default: ROOT/images.npy)")
     parser.add_argument("--num-images", type=options.positive, help="a random subset of this size (paper: all)")
     parser.add_argument("--workers", type=options.positive, default=os.cpu_count() or 1, help="decoding threads")
+    options.add_image_options(parser)
     parser.add_argument("--strict", action="store_true", help="stop at the first unreadable file")
     return parser
 
@@ -155,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         "inputs_sha256": fingerprint(entries),
         "num_images": args.num_images,
         "seed": args.seed,
+        **({"range": args.range} if args.range else {}),
     }
     with artefacts.claim(out):
         if artefacts.reuse(out, facts, args.overwrite):

@@ -188,6 +188,7 @@ def get_parser() -> options.Parser:
     """Options of this script."""
     parser = options.stage_parser(__doc__, workspace=False)
     options.add_weights_options(parser)
+    options.add_image_options(parser)
     parser.add_argument(
         "image", metavar="IMAGE", nargs="?", type=options.readable_file, help="(default: a sample photo)"
     )

@@ -131,6 +131,7 @@ def get_parser() -> options.Parser:
         help="layer whose map is used, several are added (default: the deepest trained; paper: conv5_4 of VGG-19)",
     )
     parser.add_argument("--max-side", type=options.positive, help="shrink larger images to this side, to save memory")
+    options.add_image_options(parser)
     options.add_postprocess_options(parser)
     parser.add_argument("--out", type=options.writable_folder, help="folder (default: ROOT/saliency)")
     return parser
@@ -198,6 +199,7 @@ def main(argv: list[str] | None = None) -> int:
             **{f"{name} {key}": value for name, facts in of_readings.items() for key, value in facts.items()},
             **{key: getattr(args, key) for key in ("max_side", "power", "blur", "postprocess")},
             **({"centre_prior": args.centre_prior} if args.centre_prior else {}),
+            **({"range": args.range} if args.range else {}),
         }
         mine, failed = dict(distributed.share(list(files.items()))), 0
         if distributed.rank() == 0:

@@ -24,11 +24,11 @@ from evaluation.fixation_metrics import fixations_elsewhere
 from evaluation.gaze import fixation_centres
 from evaluation.matlab import NAME_LENGTH, cells_of, field_of, read_matlab, variable_of
 from models.errors import UserError
-from pipeline.images import open_image, read_rgb
+from pipeline.decoding import open_image, upright_size
+from pipeline.images import read_rgb
 
 UNKNOWN_SUBJECT = -1
 COLUMNS = ("image", "subject", "x", "y")
-ROTATED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 Row = tuple[str, int, float, float]  # image, subject, x, y
 
 
@@ -90,16 +90,12 @@ def image_sizes(files: Iterable[Path]) -> dict[str, tuple[int, int]]:
 
 
 def _image_size(file: Path) -> tuple[int, int]:
-    from PIL import ExifTags
-
     try:
         with open_image(file) as image:
-            width, height = image.size
-            rotated = image.getexif().get(ExifTags.Base.Orientation) in ROTATED
+            return upright_size(image)
     except Exception:  # a header that Pillow chokes on: the reader of images says what is wrong
         height, width = read_rgb(file).shape[:2]
         return height, width
-    return (width, height) if rotated else (height, width)
 
 
 def read_fixations(path: Path, stimuli: Mapping[str, tuple[int, int]]) -> Fixations:

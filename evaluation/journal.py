@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import artefacts, distributed
+from pipeline import artefacts, distributed, ownership
 from pipeline.progress import Progress
 
 JOURNAL = "scores.partial"
@@ -45,7 +45,7 @@ class Journal:
                 lines[name] = line, scores
         artefacts.write_text(path, head + "".join(line for line, _ in lines.values()))
         for file in path.parent.glob(f"{path.name}-*"):
-            file.unlink()
+            ownership.remove(file)
         return {name: scores for name, (_, scores) in lines.items()}
 
     def add(self, name: str, scores: Any) -> None:

@@ -16,8 +16,9 @@ import numpy as np
 from evaluation.baselines import BASELINES
 from evaluation.journal import text_sha256
 from models.errors import UserError
-from pipeline import artefacts, networks
-from pipeline.images import open_image, output_name
+from pipeline import artefacts, networks, ownership
+from pipeline.decoding import open_image
+from pipeline.images import output_name
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +75,7 @@ class Folder:
 
     def __init__(self, name: str, folder: Path, sizes: Mapping[Path, tuple[int, int]]):
         self.files = {image: self._find(folder, image) for image in sizes}
+        ownership.reading(*self.files.values())
         wrong = [(i, f"{w}×{h}", self._size(i)) for i, (h, w) in sizes.items() if self._size(i) != f"{w}×{h}"]
         if wrong:
             image, expected, found = wrong[0]

@@ -31,7 +31,7 @@ from evaluation.fixation_metrics import METRICS, all_scores, inter_observer
 from evaluation.fixations import Fixations, image_sizes, read_fixations
 from evaluation.journal import is_shown, score_all, text_sha256, write_results
 from models.errors import UserError
-from pipeline import artefacts, distributed, networks, options, program
+from pipeline import artefacts, distributed, listing, networks, options, ownership, program
 
 if TYPE_CHECKING:
     from evaluation.map_sources import Row, Source
@@ -75,6 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", choices=tuple(BASELINES), nargs="+", default=[], help="further baselines")
     options.add_postprocess_options(parser)
     options.add_weights_options(parser)
+    options.add_image_options(parser)
     parser.add_argument(
         "--out", type=options.writable_folder, default=Path("out/fixations"), help="folder (default: out/fixations)"
     )
@@ -164,8 +165,6 @@ def read_data(
     Raises:
         UserError: nothing given, both ways given, or nothing usable found.
     """
-    from PIL import Image
-
     if (dataset is None) == (stimuli is None or fixations is None):
         raise UserError("give either --dataset, or both --stimuli DIR and --fixations FILE")
     if dataset:
@@ -174,9 +173,9 @@ def read_data(
         path, read = fixations, read_fixations
         if not stimuli.is_dir():
             raise UserError(f"{stimuli} is not a folder: give the folder of the images with --stimuli")
-        extensions = Image.registered_extensions()
-        images = sorted(p for p in stimuli.iterdir() if p.suffix.lower() in extensions and p.is_file())
+        images = listing.images_below(stimuli)
     images = images[skip:][:limit]
+    ownership.reading(path, *images)
     found = read(path, image_sizes(images))
     without = found.images_without()
     print(

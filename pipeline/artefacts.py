@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from models.errors import UserError
-from pipeline import distributed
+from pipeline import distributed, ownership
+from pipeline.paths import beside, real
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,8 @@ def atomic_path(path: Path, size: int | None = None) -> Iterator[Path]:
     temporary = path.with_name(path.name + PARTIAL)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        ownership.remove(temporary)
+        ownership.check(path)
         yield temporary
         commit(temporary, path)
     except OSError as error:
@@ -65,7 +68,8 @@ def atomic_path(path: Path, size: int | None = None) -> Iterator[Path]:
             raise
         raise NoRoomError(_no_room(path, temporary, size, error)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(UserError):
+            ownership.remove(temporary)
 
 
 def _no_room(path: Path, temporary: Path, size: int | None, error: OSError) -> str:
@@ -91,7 +95,8 @@ def claim(*paths: Path) -> Iterator[None]:
         UserError: another process works on one of `paths`; the line names it.
     """
     with ExitStack() as stack:
-        distributed.first(lambda: [stack.enter_context(_locked(path)) for path in sorted(paths)] and None)
+        places = sorted({real(path) for path in paths})
+        distributed.first(lambda: [stack.enter_context(_locked(path)) for path in places] and None)
         yield
 
 
@@ -100,7 +105,8 @@ def _locked(path: Path) -> Iterator[None]:
     from filelock import FileLock, SoftFileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.with_name(f".{path.name}.lock")
+    file = beside(path, ".", ".lock")
+    ownership.check_lock(file)
     lock = FileLock(file)
     try:
         lock.acquire(blocking=False)
@@ -162,6 +168,7 @@ def encoded(text: str) -> bytes:
 
 def append_text(path: Path, text: str) -> None:
     """Add to a text file. Whoever reads it must expect that a kill or a full disk cut the last line off."""
+    ownership.check(path)
     before = path.stat().st_size
     try:
         with path.open("ab") as file:
@@ -201,7 +208,8 @@ def write_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", configurati
 def discard(path: Path) -> None:
     """Remove a state file, its temporary one, and those that other ranks left, `path`-<rank>of<size>."""
     for file in path.parent.glob(f"{glob.escape(path.name)}*"):
-        file.unlink(missing_ok=True)
+        if ownership.COMPANIONS.sub("", file.name) == ownership.COMPANIONS.sub("", path.name):
+            ownership.remove(file)
 
 
 def rank_path(path: Path) -> Path:
@@ -279,20 +287,20 @@ def reuse(artefact: Path, facts: Facts, overwrite: bool) -> bool:
     if is_finished(artefact, facts):
         discard_partial(artefact)
         return True
-    sidecar_path(artefact).unlink(missing_ok=True)
+    ownership.remove(sidecar_path(artefact))
     return False
 
 
 def withdraw(artefact: Path) -> None:
     """Declare an artefact unfinished, so that what follows cannot be mistaken for it; half-written parts go too."""
     discard_partial(artefact)
-    sidecar_path(artefact).unlink(missing_ok=True)
+    ownership.remove(sidecar_path(artefact))
 
 
 def discard_partial(artefact: Path) -> None:
     """Remove what a killed run left beside an artefact that is finished, or is to be made afresh."""
     for path in (artefact, sidecar_path(artefact)):
-        path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
+        ownership.remove(path.with_name(path.name + PARTIAL))
     discard(artefact.with_name(artefact.name + PROGRESS))
 
 
@@ -303,6 +311,7 @@ def open_array(path: Path, made_by: str) -> tuple[np.ndarray, Facts]:
         UserError: missing, unfinished, truncated, of pickled objects, or not of the shape its sidecar states.
     """
     facts = read_sidecar(path, made_by)
+    ownership.reading(path)
     try:
         array = map_array(path)
     except ValueError as error:
@@ -410,6 +419,7 @@ class ArrayWriter:
         self.done, self.stop = rows or (0, shape[0])
         self.state: Facts = {}
         path.parent.mkdir(parents=True, exist_ok=True)
+        distributed.first(self._check)
         noted = self._resumable()
         if distributed.all_of(noted is not None):
             self.done, self.state = int(noted["done"]), dict(noted["state"])
@@ -418,6 +428,12 @@ class ArrayWriter:
         self.array = map_array(self.partial)
         with self._room():
             self.file = self.partial.open("rb+")
+
+    def _check(self) -> None:
+        ownership.check(self.partial, note=False)
+        ownership.check(self.path)
+        if self.partial.is_symlink():
+            self.partial.unlink()
 
     def _resumable(self) -> Facts | None:
         """What an earlier run noted of its progress, where its partial file can be continued."""
@@ -440,7 +456,7 @@ class ArrayWriter:
             if error.errno not in FULL:
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
             message = _no_room(self.path, self.partial, int(np.prod(shape)) * np.dtype(dtype).itemsize, error)
-            self.partial.unlink(missing_ok=True)
+            ownership.remove(self.partial)
             raise NoRoomError(message) from None
 
     def put(self, first: int, rows: np.ndarray) -> None:

@@ -12,7 +12,6 @@ import threading
 import warnings
 from collections import Counter
 from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +19,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from models.errors import UserError
-from pipeline import artefacts
+from pipeline import artefacts, decoding, listing, ownership
+from pipeline.paths import user_path
 from pipeline.program import printable
 from pipeline.scaling import area_scale
 
@@ -28,9 +28,6 @@ STORED_SIZE = 256  # side of the training images (paper's code)
 MOST_BYTES = 1 << 30  # of an image file, more than any within Pillow's limit of pixels needs
 LARGE = 20_000_000  # pixels from which on images are decoded one after the other, however many threads there are
 LONGEST_NAME = 200  # bytes of an output's name: file systems allow 255, and suffixes follow
-# Pillow has Ghostscript run EPS, also inside IPTC; old versions unpack FITS without limit; the others have no decoder.
-REFUSED_FORMATS = ("EPS", "IPTC", "FITS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF")
-STRIP = 1 << 20  # values converted at a time
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # here, since doing so around each call is not safe with threads
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -40,19 +37,25 @@ _one_large_image = threading.Lock()
 def read_rgb(source: Path | BinaryIO, name: str | None = None) -> np.ndarray:
     """An image as (H, W, 3) uint8 RGB.
 
-    Grey is replicated to three channels, alpha is dropped, 16-bit and float images are scaled to 8 bits, palettes,
-    CMYK and LAB are converted, colour profiles are ignored; of an animation the first frame is read. An image with
+    Grey is replicated to three channels, alpha is dropped, 16 bits are scaled to 8, floats and other numbers by the
+    range of --range, palettes, CMYK and LAB are converted, colour profiles are ignored; of an
+    animation the first frame is read. An image with
     EXIF orientation is turned upright, as every viewer shows it (differs from the original, which left it as stored).
 
     Raises:
-        UserError: not an image, damaged, or more pixels than Pillow's decompression-bomb limit.
+        UserError: not an image, damaged, of no known range, or more pixels than Pillow's decompression-bomb limit.
     """
     name = printable(name or str(source))
     if isinstance(source, Path):
         check_file(source, name)
     try:
-        with open_image(source) as image:
-            return _decode(image)
+        with (
+            decoding.open_image(source) as image,
+            _one_large_image if image.width * image.height > LARGE else nullcontext(),
+        ):
+            return decoding.decode(image)
+    except UserError as error:
+        raise UserError(f"{name} {error}") from None
     except UnidentifiedImageError:
         raise UserError(f"{name} is not an image that Pillow can open: give a JPEG, PNG, TIFF, WebP, …") from None
     except Image.DecompressionBombError as error:
@@ -64,40 +67,6 @@ def read_rgb(source: Path | BinaryIO, name: str | None = None) -> np.ndarray:
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
         reason = printable(" ".join(str(error).split()))[:200]
         raise UserError(f"{name} is damaged ({type(error).__name__}: {reason}): give another file") from None
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """What may be opened, in the order in which Pillow tries."""
-    Image.preinit()
-    Image.init()
-    return tuple(name for name in Image.ID if name not in REFUSED_FORMATS)
-
-
-def open_image(source: Path | BinaryIO) -> Image.Image:
-    """An image whose pixels are not read yet.
-
-    Raises:
-        nearly anything; DecompressionBombError above Pillow's limit of pixels, also where Pillow itself only warns.
-    """
-    image = Image.open(source, formats=_formats())
-    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        image.close()
-        size = f"{image.width}×{image.height} pixels"
-        raise Image.DecompressionBombError(f"{size}, {Image.MAX_IMAGE_PIXELS} at most")
-    return image
-
-
-def _decode(image: Image.Image) -> np.ndarray:
-    with _one_large_image if image.width * image.height > LARGE else nullcontext():
-        image.load()
-        try:
-            image = ImageOps.exif_transpose(image)
-        except MemoryError:
-            raise
-        except Exception:  # EXIF data that cannot be read say nothing of an orientation
-            pass
-        return to_rgb_array(image)
 
 
 def check_file(path: Path, name: str | None = None) -> None:
@@ -127,9 +96,7 @@ def check_bytes(size: int, name: str) -> None:
 
 
 def list_images(paths: list[str], suffixes: tuple[str, ...] = ()) -> tuple[dict[str, Path], list[str]]:
-    """Image files by output name, see `output_names`; a folder stands for the images right inside it.
-
-    These are what has an extension of a format that can be opened, hidden files aside.
+    """Image files by output name, see `output_names`; a folder stands for the images below it, see `listing`.
 
     Returns:
         the files, and a line for every path that gave none.
@@ -139,9 +106,9 @@ def list_images(paths: list[str], suffixes: tuple[str, ...] = ()) -> tuple[dict[
     """
     files: list[Path] = []
     problems: list[str] = []
-    for path in map(Path, paths):
+    for path in map(user_path, paths):
         try:
-            found = _images_inside(path) if path.is_dir() else [path]
+            found = listing.images_below(path) if path.is_dir() else [path]
         except OSError as error:
             problems.append(f"{printable(str(path))} cannot be read: {str(error.strerror).lower()}")
             continue
@@ -150,20 +117,8 @@ def list_images(paths: list[str], suffixes: tuple[str, ...] = ()) -> tuple[dict[
         files += found
     if not files:
         raise UserError("; ".join(problems))
+    ownership.reading(*files)
     return output_names(files, suffixes), problems
-
-
-def _images_inside(folder: Path) -> list[Path]:
-    extensions = {e for e, form in Image.registered_extensions().items() if form in {*_formats(), "MPO"}}
-    inside = (p for p in folder.iterdir() if p.suffix.lower() in extensions and not p.name.startswith("."))
-    return sorted(path for path in inside if not _is_folder(path))  # also what only looks like a file: it is refused
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
 
 
 def output_names(files: list[Path], suffixes: tuple[str, ...] = ()) -> dict[str, Path]:
@@ -226,43 +181,6 @@ def open_stored(path: Path) -> tuple[np.ndarray, artefacts.Facts]:
             "with --overwrite"
         )
     return images, facts
-
-
-def to_rgb_array(image: Image.Image) -> np.ndarray:
-    """A Pillow image of any mode as (H, W, 3) uint8 RGB.
-
-    differs from the original: it read palette indices as grey and CMYK as RGB, and failed on grey with alpha.
-    """
-    if image.mode.startswith(("I", "F")):
-        return np.repeat(_to_bytes(np.asarray(image))[:, :, None], 3, axis=2)
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")  # palettes may carry transparency, dropped below
-    if image.mode == "LAB":
-        from PIL import ImageCms
-
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-    return np.asarray(image.convert("RGB"))  # (H, W, 3)
-
-
-def _to_bytes(grey: np.ndarray) -> np.ndarray:
-    """Grey values of 16 bits, 32 bits or floats -> uint8; floats within 0-1 are taken as fractions of white."""
-    flat = grey.reshape(-1)
-    strips = [flat[start : start + STRIP] for start in range(0, len(flat), STRIP)]
-    largest = max((_finite(strip).max() for strip in strips), default=0.0)
-    if grey.dtype.kind == "f":
-        scale = 255.0 if largest <= 1 else 1.0
-    else:
-        scale = 1 / 257 if grey.dtype.itemsize == 2 or largest > 255 else 1.0
-    result = np.empty(len(flat), np.uint8)
-    for number, strip in enumerate(strips):
-        values = (_finite(strip) * scale + 0.5).clip(0, 255)
-        result[number * STRIP : number * STRIP + len(strip)] = values.astype(np.uint8)
-    return result.reshape(grey.shape)
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    return np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def limit_side(rgb: np.ndarray, max_side: int | None) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.errors import UserError
-from pipeline import distributed
+from pipeline import distributed, ownership
 from pipeline.progress import Progress
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def load_backbone(
     """
     from models.weights.find import load_backbone
 
+    ownership.reading(Path(args.weights))
     with Progress(None, "weights", "B") as progress:
         backbone, weights = load_backbone(
             name,

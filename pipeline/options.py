@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline import ownership
+from pipeline.paths import user_path
 from pipeline.presets import DEFAULTS, PRESETS, Stage
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -20,8 +22,21 @@ LARGEST_NUMBER = 3.4e38  # float32's
 LONGEST_PART = 255  # bytes of a file's or folder's name, on the usual file systems
 
 
+image_range: list[float] | None = None  # of the command that runs: --range, black and white of its deep images
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
+
+    def parse_args(self, *arguments: Any, **more: Any) -> argparse.Namespace:
+        """As usual; a new command begins, whose inputs the types of options note."""
+        global image_range
+        ownership.forget()
+        args = super().parse_args(*arguments, **more)
+        image_range = given = getattr(args, "range", None)
+        if given is not None and not given[0] < given[1]:
+            self.error(f"--range {given[0]:g} {given[1]:g}: black must be the smaller number")
+        return args
 
     def error(self, message: str) -> NoReturn:
         """Print one line on stderr and exit with code 2."""
@@ -193,6 +208,14 @@ def positive_number(text: str) -> float:
     return value
 
 
+def finite_number(text: str) -> float:
+    """argparse type: a number that fits into float32."""
+    value = float(text)
+    if not -LARGEST_NUMBER <= value <= LARGEST_NUMBER:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not a number, {LARGEST_NUMBER} at most")
+    return value
+
+
 def non_negative_number(text: str) -> float:
     """argparse type: a number from 0 up that fits into float32."""
     value = float(text)
@@ -216,7 +239,7 @@ def _kind(text: str) -> int:
     if any(len(os.fsencode(part)) > LONGEST_PART for part in Path(text).parts):
         raise argparse.ArgumentTypeError(f"{text[:80]!r}… has a name of more than {LONGEST_PART} bytes")
     try:
-        return stat.S_IFMT(Path(text).stat().st_mode)
+        return stat.S_IFMT(user_path(text).stat().st_mode)
     except FileNotFoundError:
         return 0
     except (OSError, ValueError) as error:
@@ -237,16 +260,17 @@ def readable_file(text: str) -> Path:
     if kind != stat.S_IFREG:
         what = "does not exist" if not kind else "is a folder" if kind == stat.S_IFDIR else "is no regular file"
         raise argparse.ArgumentTypeError(f"{text!r} {what}: give a file")
-    if not _may(text, os.R_OK):
+    if not _may(user_path(text), os.R_OK):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be read: permission denied")
-    return Path(text)
+    ownership.reading(path := user_path(text))
+    return path
 
 
 def folder(text: str) -> Path:
     """argparse type: a folder, there or not yet."""
     if _kind(text) not in (0, stat.S_IFDIR):
         raise argparse.ArgumentTypeError(f"{text!r} is a file: give a folder")
-    return Path(text)
+    return user_path(text)
 
 
 def writable_folder(text: str) -> Path:
@@ -262,13 +286,26 @@ def writable_file(text: str) -> Path:
     """argparse type: a file to be written, replacing one that stands there."""
     if _kind(text) not in (0, stat.S_IFREG):
         raise argparse.ArgumentTypeError(f"{text!r} is no file: give the name of one")
-    writable_folder(str(Path(text).parent))
-    return Path(text)
+    path = user_path(text)
+    writable_folder(str(path.parent))
+    return path
 
 
 def count_or_file(text: str) -> int | Path:
     """argparse type: an integer from 0 up, or a file that is there and may be read."""
     return natural(text) if text.strip().isdecimal() else readable_file(text)
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say how images are read."""
+    parser.add_argument(
+        "--range",
+        type=finite_number,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="which values are black and white in images of floats and of more than 8 bits; needed where their format "
+        "does not say it, as for floats (default: 0 and 65535 for 16 bits)",
+    )
 
 
 def add_weights_options(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ from models.objective import (
 )
 from models.randomness import seed_for
 from models.vlm import VisualLanguageModel
-from pipeline import artefacts, figures, images, program
+from pipeline import artefacts, figures, images, ownership, program
 from pipeline.targets import Statistics
 
 SETTING_OPTIONS = {"exponent": "--frequency-exponent", "decorrelate": "--decorrelate"}
@@ -319,7 +319,7 @@ def finish(out: Path, restarts: list[Restart], facts: artefacts.Facts) -> None:
     described = {"shape": list(result.shape), "dtype": str(result.dtype), **facts, **last}
     artefacts.write_json(artefacts.sidecar_path(out / "reconstruction.npy"), described)
     for restart in restarts:
-        restart.state.unlink(missing_ok=True)
+        ownership.remove(restart.state)
     terms = ", ".join(f"{name} {value:.4f}" for name, value in best.curves[-1].items())
     print(f"{out}/reconstruction.png: {terms}")
 
@@ -333,6 +333,6 @@ def reuse(out: Path, facts: artefacts.Facts, overwrite: bool) -> bool:
     if not artefacts.reuse(out / "reconstruction.npy", facts, overwrite):
         return False
     for state in out.glob("restart-*.state.safetensors*"):  # killed just before it removed them
-        state.unlink()
+        ownership.remove(state)
     print(f"{out} is finished: nothing to do")
     return True

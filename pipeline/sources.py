@@ -4,9 +4,10 @@ A source is a sorted list of `Entry`, each of which opens as bytes. Nothing is e
 inside a tar, or inside a tar in a tar, is a range of bytes of the outer file.
 """
 
+import codecs
 import hashlib
 import io
-import stat
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -17,8 +18,9 @@ import numpy as np
 
 from models.errors import UserError
 from models.randomness import seed_for
-from pipeline import tars
+from pipeline import decoding, listing, ownership, tars
 from pipeline.images import MOST_BYTES, check_bytes, read_rgb
+from pipeline.paths import user_path
 from pipeline.presets import SAMPLES
 from pipeline.program import printable
 
@@ -36,8 +38,8 @@ SAMPLE_PHOTOS = {  # package -> files inside it
         )
     ),
 }
+ARCHIVES = (b"PK\x03\x04", b"PK\x05\x06", b"Rar!", b"7z\xbc\xaf")
 COMPRESSED = (b"\x1f\x8b", b"\x1f\x9d", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
-IS_FOLDER = "is a folder"
 MOST_CROPS = 1_000_000
 SAMPLE_CROPS = 256  # where no number is given
 SMALLEST_CROP = 0.35  # of a photo's shorter side
@@ -113,9 +115,11 @@ def list_images(source: str | Sequence[str], num_images: int | None, seed: int) 
             for label, place in source_labels(sources).items()
             for entry in (_sample_crops(SAMPLE_CROPS, seed) if place == SAMPLES else _entries_of(place))
         ]
-    if num_images is not None and num_images < len(entries):
-        chosen = np.random.default_rng(seed_for(seed, "subset")).choice(len(entries), num_images, replace=False)
-        entries = [entries[i] for i in sorted(chosen)]
+    good = [i for i, entry in enumerate(entries) if not getattr(entry, "problem", "")]
+    if num_images is not None and num_images < len(good):
+        chosen = np.random.default_rng(seed_for(seed, "subset")).choice(len(good), num_images, replace=False)
+        left_out = set(good) - {good[i] for i in chosen}
+        entries = [entry for i, entry in enumerate(entries) if i not in left_out]
     return entries
 
 
@@ -142,7 +146,8 @@ def count_by_source(source: str | Sequence[str], entries: Sequence["Entry | Crop
 
 def _entries_of(source: str) -> list[Entry]:
     """All images of one folder, tar or list file, sorted by name."""
-    path = Path(source)
+    path = user_path(source)
+    ownership.reading(path)
     if not path.exists():
         raise UserError(f"{source} does not exist: {EXPECTED}")
     try:
@@ -158,6 +163,7 @@ def _entries_of(source: str) -> list[Entry]:
         raise UserError(f"{error.filename or source} cannot be read: permission denied") from None
     if not entries:
         raise UserError(f"{source} holds no files: {EXPECTED}")
+    ownership.reading(*{entry.path for entry in entries})
     entries.sort(key=lambda e: (e.name, e.offset))
     _mark_duplicates(entries)
     return entries
@@ -172,63 +178,50 @@ def _mark_duplicates(entries: list[Entry]) -> None:
 
 
 def _folder_entries(folder: Path) -> Iterator[Entry]:
-    """Files below a folder, hidden ones aside; links to folders are followed, each folder is read once."""
-    seen, waiting = set(), [folder]
-    while waiting:
-        parent = waiting.pop()
-        try:
-            status = parent.stat()
-            inside = [] if (status.st_dev, status.st_ino) in seen else sorted(parent.iterdir())
-        except OSError as error:
-            if parent == folder:
-                raise
-            yield Entry(_label(parent, folder), parent, problem=f"cannot be read: {str(error.strerror).lower()}")
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        for path in inside:
-            if path.name.startswith("."):
-                continue
-            if (problem := _problem(path)) == IS_FOLDER:
-                waiting.append(path)
-            else:
-                yield Entry(_label(path, folder), path, problem=problem)
+    """What `listing.walk` finds below a folder."""
+    for path, problem in listing.walk(folder):
+        yield Entry(_label(path, folder), path, problem=problem)
 
 
 def _label(path: Path, folder: Path) -> str:
     return printable(path.relative_to(folder).as_posix())
 
 
-def _problem(path: Path) -> str:
-    """Why a path cannot be an image, as far as that is known without opening it."""
-    try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return "does not exist"
-    except (OSError, ValueError) as error:
-        return f"cannot be read: {(getattr(error, 'strerror', None) or str(error)).lower()}"
-    if stat.S_ISDIR(status.st_mode):
-        return IS_FOLDER
-    if not stat.S_ISREG(status.st_mode):
-        return "is not a regular file"
-    return "" if status.st_size else "is empty"
-
-
 def _list_entries(path: Path) -> Iterator[Entry]:
-    """Paths of a text file, one a line, relative to the file's own folder."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (UnicodeDecodeError, MemoryError):
-        raise UserError(f"{path} is neither a tar nor a text file: {EXPECTED}") from None
-    for line in lines:
-        if line.strip() and not line.startswith("#"):
-            file = path.parent / line.strip()
-            yield Entry(printable(line.strip()), file, problem=_problem(file))
+    """Paths of a text file, one a line, relative to the file's own folder; also lines of Caffe's lists.
+
+    Raises:
+        UserError: the file is neither a list nor anything else that is read.
+    """
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape").splitlines()
+    found = [_line_entry(path.parent, line.strip()) for line in lines if line.strip() and not line.lstrip()[0] == "#"]
+    if found and any("\udc80" <= c <= "\udcff" for line in lines for c in line) and all(e.problem for e in found):
+        raise UserError(f"{path} is neither a tar nor a text file: {EXPECTED}")
+    yield from found
+
+
+def _line_entry(folder: Path, line: str) -> Entry:
+    """The image that a line means: as it stands, or without quotes, a comment, Caffe's label, or other slashes."""
+    meant = [line]
+    for change in (
+        lambda text: re.sub(r"\s+#.*$", "", text),
+        lambda text: re.sub(r"([\s,;]+-?\d+(\.\d+)?)+$", "", text),
+        lambda text: text[1:-1] if text[:1] in "\"'" and text[:1] == text[-1:] and len(text) > 1 else text,
+        lambda text: text.replace("\\", "/"),
+    ):
+        meant += [changed for text in meant if (changed := change(text).strip()) and changed not in meant]
+    there = next((text for text in meant if not listing.problem_of(folder / text)), line)
+    return Entry(printable(there), folder / there, problem=listing.problem_of(folder / there))
 
 
 def _is_tar(path: Path) -> bool:
     """Whether a file starts like a tar; a compressed one is refused, since it could only be read by unpacking."""
     with path.open("rb") as file:
         head = file.read(tars.BLOCK)
+    if head.startswith(ARCHIVES):
+        raise UserError(f"{path} is an archive (zip, rar or 7z): unpack it and give the folder")
+    if decoding.starts_like_image(head):
+        raise UserError(f"{path} is a single image: {EXPECTED}")
     if head.startswith(COMPRESSED):
         raise UserError(f"{path} is compressed: uncompress it first, images inside gain nothing from it")
     if tars.is_tar(head):
@@ -256,11 +249,18 @@ def _tar_members(file: BinaryIO, path: Path, prefix: str, start: int, size: int)
                 yield Entry(name, path, member.offset, problem="is empty")
             elif member.name.endswith(".tar") and not prefix:
                 yield from _tar_members(file, path, f"{name}/", member.offset, member.size)
+            elif not listing.has_extension(name) and not _starts_like_image(file, member.offset):
+                yield Entry(name, path, member.offset, member.size, problem=listing.NO_IMAGE)
             else:
                 yield Entry(name, path, member.offset, member.size)
     except tars.TarError as error:
         where = prefix.rstrip("/") or printable(path.name)
         yield Entry(where, path, start + size, problem=f"is a damaged tar ({error}): members after that are lost")
+
+
+def _starts_like_image(file: BinaryIO, offset: int) -> bool:
+    file.seek(offset)
+    return decoding.starts_like_image(file.read(listing.HEAD))
 
 
 def sample_photos() -> list[Path]:

@@ -116,7 +116,6 @@ def broken_tags() -> bytes:
 
 
 FRAMES = {"save_all": True, "append_images": [Image.fromarray(make_photo(i, HEIGHT, WIDTH)) for i in (1, 2)]}
-BLACK = np.zeros_like(RGB)
 GREYS = np.repeat(GREY[:, :, None], 3, axis=2)
 
 READABLE: dict[str, tuple[bytes, np.ndarray, float]] = {  # content, pixels, greatest mean difference from them
@@ -125,9 +124,6 @@ READABLE: dict[str, tuple[bytes, np.ndarray, float]] = {  # content, pixels, gre
     "16 bits grey.png": (encoded(Image.fromarray(GREY.astype(np.uint16) * 257), "PNG"), GREYS, 0),
     "16 bits colour.png": (png_16_bits(), RGB, 0),
     "16 bits.tif": (encoded(Image.fromarray(GREY.astype(np.uint16) * 257), "TIFF"), GREYS, 0),
-    "float.tif": (tiff_float(GREY / 255), GREYS, 0.5),
-    "float with nan.tif": (tiff_float(np.where(GREY > 300, 0, np.nan)), BLACK, 0),
-    "huge floats.tif": (tiff_float(np.full((HEIGHT, WIDTH), -3e38)), BLACK, 0),
     "transparent palette.png": (transparent_palette(), RGB, 6),
     "transparent.png": (encoded(PHOTO.convert("RGBA"), "PNG"), RGB, 0),
     "grey with alpha.png": (encoded(PHOTO.convert("LA"), "PNG"), GREYS, 0),
@@ -156,6 +152,9 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "start.jpg": (b"\xff\xd8\xff\xe0" + bytes(100), "image"),
     "cut.png": (encoded(PHOTO, "PNG")[:3000], "is damaged"),
     "cut.jpg": (encoded(PHOTO, "JPEG")[:1000], "is damaged"),
+    "float.tif": (tiff_float(GREY / 255), "nothing says which are black and white"),
+    "float with nan.tif": (tiff_float(np.where(GREY > 300, 0, np.nan)), "nothing says which are black and white"),
+    "huge floats.tif": (tiff_float(np.full((HEIGHT, WIDTH), -3e38)), "nothing says which are black and white"),
     "cut.tif": (encoded(PHOTO, "TIFF")[:9000], "is damaged"),
     "cut packed.tif": (encoded(PHOTO, "TIFF", compression="tiff_lzw")[:9000], "is not an image"),
     "cut.webp": (encoded(PHOTO, "WEBP", lossless=True)[:3000], "is damaged"),

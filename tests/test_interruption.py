@@ -66,9 +66,9 @@ def write_photos(folder: Path, seed: int) -> None:
 
 
 def contents(root: Path) -> dict[str, object]:
-    """Every file by name, but locks; of logs all columns but the speed."""
+    """Every file by name, but locks and ledgers; of logs all columns but the speed."""
     files: dict[str, object] = {}
-    for path in sorted(p for p in root.rglob("*") if p.is_file() and not p.name.endswith(".lock")):
+    for path in sorted(p for p in root.rglob("*") if p.is_file() and not p.name.endswith((".lock", ".cnn-vlm"))):
         name = str(path.relative_to(root))
         files[name] = path.read_bytes()
         if name == "log.csv":

@@ -30,7 +30,7 @@ from models.vlm import (
     to_grid,
     to_sequences,
 )
-from pipeline.images import to_rgb_array
+from pipeline.decoding import to_rgb_array
 from pipeline.reconstruction import to_picture
 from pipeline.views import network_batches
 

@@ -21,7 +21,7 @@ import saliency
 import train_vlm
 from models.backbones import ARCHITECTURES
 from models.errors import UserError
-from pipeline import artefacts, features, figures, program, training_log
+from pipeline import artefacts, features, figures, ownership, program, training_log
 from pipeline.images import write_png
 from tests.conftest import make_photo
 from tests.models.weights.test_weights import TINY
@@ -407,7 +407,8 @@ def test_spoiled_notes_of_progress(whole: Path, tmp_path: Path) -> None:
         out = tmp_path / "out" / "images.npy"
         shutil.rmtree(out.parent, ignore_errors=True)
         out.parent.mkdir()
-        shutil.copy(whole / "images.npy", f"{out}.partial")
+        ownership.forget()
+        artefacts.write_bytes(Path(f"{out}.partial"), expected)
         artefacts.write_json(Path(f"{out}.progress"), {"done": 1, "facts": kept, "state": {"rejected": {}}})
         spoil(Path(f"{out}.progress"), how)
         prepare_images.main([*COMMON, "--source", str(photos), "--out", str(out)])

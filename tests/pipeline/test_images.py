@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import tarfile
 import tempfile
 import tracemalloc
@@ -28,7 +29,8 @@ from models.checkpoints import vlm_tensors, write_tensors
 from models.errors import UserError
 from models.projection import Projection
 from models.vlm import VisualLanguageModel
-from pipeline import artefacts, figures, program
+from pipeline import artefacts, figures, options, program
+from pipeline.decoding import to_rgb_array, upright_size
 from pipeline.images import (
     LONGEST_NAME,
     fit_to,
@@ -36,7 +38,6 @@ from pipeline.images import (
     output_name,
     output_names,
     read_rgb,
-    to_rgb_array,
 )
 from pipeline.scaling import area_scale
 from pipeline.sources import list_images
@@ -70,19 +71,80 @@ def test_modes() -> None:
     assert np.array_equal(lab, RGB)
 
 
-@pytest.mark.parametrize("kind", ["uint16", "int32", "float32 0-1", "float32 0-255"])
-def test_deep_grey(kind: str) -> None:
-    grey = RGB[:, :, 0]
-    values = {
-        "uint16": grey.astype(np.uint16) * 257,
-        "int32": grey.astype(np.int32) * 257,
-        "float32 0-1": grey.astype(np.float32) / 255,
-        "float32 0-255": grey.astype(np.float32),
-    }[kind]
+@pytest.mark.parametrize("form", ["TIFF", "PNG"])
+def test_sixteen_bits(form: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(RGB[:, :, 0].astype(np.uint16) * 257).save(buffer, format=form)
+    assert np.array_equal(read_rgb(buffer, "x")[:, :, 1], RGB[:, :, 0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"),
+    [("f4", 0, 1), ("f4", -1, 1), ("f4", 0, 65535), ("i4", -(2**31), 2**31 - 1), ("i4", 0, 255), ("u2", 0, 4095)],
+)
+def test_deep_grey_by_range(kind: str, low: float, high: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No range is guessed: floats and 32 bits need one, and what lies outside is black or white."""
+    grey = np.arange(256).reshape(16, 16)
+    values = (low + (high - low) * grey / 255).astype(kind)
+    values[0, 0], values[-1, -1] = (low, high) if kind != "f4" else (low - 0.5, high * 1.02)
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, format="TIFF")
-    buffer.seek(0)
-    assert np.array_equal(read_rgb(buffer, "x")[:, :, 1], grey)
+    if kind != "u2":
+        with pytest.raises(UserError, match="nothing says which are black and white: give --range LOW HIGH"):
+            read_rgb(buffer, "x")
+    monkeypatch.setattr(options, "image_range", [low, high])
+    assert np.abs(read_rgb(buffer, "x")[:, :, 1].astype(int) - grey).max() <= (kind in ("i4", "u2"))
+
+
+def test_unsigned_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    bits = np.array([[0, 2**31 - 1], [-(2**31), -1]], np.int32)  # those of 0, …, 2³² - 1
+    Image.fromarray(bits).save(buffer, format="TIFF")
+    signed, unsigned = (struct.pack("<HHIH", 339, 3, 1, kind) for kind in (2, 1))
+    assert signed in buffer.getvalue()
+    buffer = io.BytesIO(buffer.getvalue().replace(signed, unsigned))
+    monkeypatch.setattr(options, "image_range", [0, 2**32 - 1])
+    found = read_rgb(buffer, "x")[:, :, 0].ravel().tolist()
+    assert found[0] == 0 and found[3] == 255 and {found[1], found[2]} <= {127, 128}
+
+
+UPRIGHT = {  # what is shown of pixels (H, W, 3) that were stored so
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a.swapaxes(0, 1)[:, ::-1],
+    7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda a: a.swapaxes(0, 1)[::-1],
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("form", ["JPEG", "TIFF", "PNG", "WEBP"])
+def test_orientations(form: str, orientation: int) -> None:
+    """Pixels and size, also where another tag could not be written again."""
+    for broken in ({}, {282: b"abc"}) if form == "JPEG" else ({},):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        content = exif.tobytes()
+        if broken:  # X resolution as text: Pillow reads it, and cannot write it
+            content = struct.pack(
+                "<6s2sHIHHHIIHHI4sI", b"Exif\0\0", b"II", 42, 8, 2, 274, 3, 1, orientation, 282, 2, 4, b"abc\0", 0
+            )
+        buffer = io.BytesIO()
+        settings = {"exif": exif if form == "TIFF" else content, **({"lossless": True} if form == "WEBP" else {})}
+        Image.fromarray(RGB).save(buffer, format=form, **settings)
+        with Image.open(buffer) as stored:
+            plain = RGB if form != "JPEG" else np.asarray(Image.open(io.BytesIO(jpeg_without_exif(buffer))))
+            assert upright_size(stored) == UPRIGHT[orientation](RGB).shape[:2]
+        assert np.array_equal(read_rgb(buffer, "x"), UPRIGHT[orientation](plain))
+
+
+def jpeg_without_exif(buffer: io.BytesIO) -> bytes:
+    content = buffer.getvalue()
+    start = content.index(b"\xff\xe1")
+    return content[:start] + content[start + 2 + int.from_bytes(content[start + 2 : start + 4], "big") :]
 
 
 def test_exif_orientation_is_applied() -> None:
@@ -544,7 +606,7 @@ def test_odd_names_through_the_stages(tiny_root: Path, tmp_path: Path, capfd: py
     assert code == 2 and len(lines) == 1 and lines[0].isprintable() and "bad\\udcff\\n\\x1b.png" in lines[0]
     maps = [p for p in out.glob("*.npy") if not p.name.endswith("-unnaturalness.npy")]
     assert sorted(np.load(p).shape for p in maps) == [(70 + i, 80) for i in range(9)], "none overwrote another"
-    assert len(list(out.iterdir())) == 6 * 9
+    assert len(list(out.glob("[!.]*"))) == 6 * 9
     options = ["--root", tiny_root, "--regularizer", "none", "--iterations", "1", "--target", "conv2"]
     inputs = [folder / os.fsdecode(name) for name in (*odd, b"a.png", b"sub/a.png")]
     assert outcome(reconstruct, [*inputs, *options, "--out", tmp_path / "pictures"], capfd) == (0, [])
@@ -569,9 +631,10 @@ def readable(content: bytes) -> bool:
     return True
 
 
-def test_deep_grey_is_converted_in_little_memory() -> None:
+def test_deep_grey_is_converted_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.linspace(0, 1, 3_000_000, dtype=np.float32).reshape(1500, 2000)
     image = Image.fromarray(values)
+    monkeypatch.setattr(options, "image_range", [0, 1])
     tracemalloc.start()
     found = to_rgb_array(image)
     peak = tracemalloc.get_traced_memory()[1]

@@ -155,7 +155,7 @@ def test_names_that_lead_elsewhere(tmp_path: Path) -> None:
     assert len(found) == 8 and not rejected and all(name.isprintable() for name in found)
     assert {"a\\nb.png", "\\x1b[2J.png", "\\udcff.png", "../../x.png", names[-1]} <= set(found)
     written = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if not p.name.endswith(".lock")}
-    assert written == {"source.tar", "out", "out/images.npy", "out/images.npy.json", "out/rejected.csv"}
+    assert written == {"source.tar", "out", "out/.cnn-vlm", "out/images.npy", "out/images.npy.json", "out/rejected.csv"}
 
 
 def test_members_of_one_name(tmp_path: Path) -> None:
@@ -433,7 +433,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "nothing").write_bytes(b"")
     (tmp_path / "image.png").write_bytes(png(0))
     messages = {"pipe": "no regular file", "loop": "does not exist", "zeros": "no files", "binary": "neither a tar"}
-    messages |= {"latin": "neither a tar", "nothing": "no files", "image.png": "neither a tar"}
+    messages |= {"latin": "neither a tar", "nothing": "no files", "image.png": "is a single image"}
     for name, message in messages.items():
         with pytest.raises(UserError, match=message):
             list_images(str(tmp_path / name), None, 0)

@@ -1,0 +1,167 @@
+"""What may be written: nothing that this run reads, and no file that was there before this program wrote it.
+
+Everything that is written or removed passes `check`, and every input is told to `reading`. In each folder a hidden
+ledger names the files that this program wrote there, a JSON string a line, each noted before the file appears. A file
+outside the ledger is somebody's own: it is never replaced, not even with --overwrite. What is in the ledger is never
+taken for an input where a folder is listed.
+"""
+
+import json
+import mimetypes
+import os
+import re
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from models.errors import UserError
+from pipeline.paths import real
+
+LEDGER = ".cnn-vlm"
+# Behind the name of an artefact: its sidecar, what is half-written, and the parts of several ranks.
+COMPANIONS = re.compile(r"(\.json|\.partial|\.progress|-\d+of\d+)+$")
+
+LOCK = re.compile(rb"$|process \d|\d+\s")  # empty, or who holds it
+
+_inputs: dict[tuple[int, int], Path] = {}  # device and file number: links, hard ones too, are the same file
+_ledgers: dict[Path, set[str]] = {}
+_one_at_a_time = threading.RLock()
+
+
+def forget() -> None:
+    """A new command begins: it has its own inputs, and others may have written meanwhile."""
+    with _one_at_a_time:
+        _inputs.clear()
+        _ledgers.clear()
+
+
+def reading(*paths: Path) -> None:
+    """These files are inputs of this run."""
+    for path in paths:
+        with suppress(OSError, ValueError):
+            status = Path(path).stat()
+            _inputs[status.st_dev, status.st_ino] = path
+
+
+def check(path: Path, note: bool = True) -> None:
+    """Allow a file to be written (and `note` it as ours from now on), or to be removed.
+
+    Raises:
+        UserError: it is an input of this run, or was not written by this program.
+    """
+    with _one_at_a_time:
+        _refuse_inputs(path)
+        folder = real(path.parent)
+        names = _ledger(folder)
+        base = COMPANIONS.sub("", path.name)
+        if path.name in names or base in names:
+            return
+        if os.path.lexists(folder / path.name):
+            names.update(_read(folder / LEDGER))  # another rank may have written it meanwhile
+            if path.name in names or base in names:
+                return
+            raise UserError(
+                f"{path} was not written by this program, and would be replaced: move it away, or write elsewhere"
+            )
+        if note:
+            _note(folder, [path.name])
+
+
+def check_lock(path: Path) -> None:
+    """Refuse a lock's file that leads elsewhere or holds something: opening it empties it."""
+    _refuse_inputs(path)
+    with suppress(FileNotFoundError):
+        if path.is_symlink() or not LOCK.match(path.read_bytes()[:20]):
+            raise UserError(f"{path} is no lock of this program, and its name is needed for one: move it away")
+    with _one_at_a_time:
+        _ledger(path.parent)
+        if not (path.parent / LEDGER).exists():  # so that the lock is not taken for one of an earlier version
+            _note(path.parent, [])
+
+
+def remove(path: Path) -> None:
+    """Remove a file of ours, if it is there."""
+    if os.path.lexists(path):
+        check(path, note=False)
+        path.unlink(missing_ok=True)
+
+
+def written(folder: Path) -> frozenset[str]:
+    """Names of the files that this program wrote right inside a folder."""
+    with _one_at_a_time:
+        return frozenset(_read(real(folder) / LEDGER))
+
+
+def is_written(name: str, names: frozenset[str]) -> bool:
+    """Whether a file of this name is among `written`, or a companion of one."""
+    return name in names or COMPANIONS.sub("", name) in names
+
+
+def _refuse_inputs(path: Path) -> None:
+    with suppress(OSError, ValueError):
+        status = Path(path).stat()
+        if (status.st_dev, status.st_ino) in _inputs:
+            raise UserError(f"{path} is read by this run and would be replaced: write elsewhere, with another --out")
+
+
+def _ledger(folder: Path) -> set[str]:
+    if folder not in _ledgers:
+        ledger = folder / LEDGER
+        names = set(_read(ledger))
+        if not ledger.exists() and (earlier := _of_earlier_versions(folder)):
+            _note(folder, earlier)
+            names.update(earlier)
+        _ledgers[folder] = names
+    return _ledgers[folder]
+
+
+def _read(ledger: Path) -> list[str]:
+    try:
+        lines = ledger.read_bytes().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return []
+    names = []
+    for line in lines:
+        with suppress(ValueError):  # cut off by a kill or a full disk
+            names.append(str(json.loads(line)))
+    return names
+
+
+def _note(folder: Path, names: list[str]) -> None:
+    ledger = folder / LEDGER
+    _refuse_inputs(ledger)
+    if ledger.is_symlink() or (ledger.exists() and ledger.stat().st_size and not _read(ledger)):
+        raise UserError(f"{ledger} is no list of this program, and its name is needed for one: move it away")
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(ledger, flags, 0o666)
+    try:
+        os.write(descriptor, "".join(f"{json.dumps(name)}\n" for name in names).encode())
+    finally:
+        os.close(descriptor)
+    _ledgers.setdefault(folder, set()).update(names)
+
+
+def _of_earlier_versions(folder: Path) -> list[str]:
+    """Names that versions without ledgers left: all but pictures beside a sidecar or lock, all of `figures`."""
+    with suppress(OSError):
+        place = folder.parent if folder.name == "figures" else folder
+        names = sorted(p.name for p in folder.iterdir() if p.name != LEDGER and not p.is_dir())
+        if _has_marks(place):
+            return [name for name in names if place != folder or not _is_picture(name)]
+    return []
+
+
+def _has_marks(folder: Path) -> bool:
+    for path in folder.iterdir():
+        if path.name.startswith(".") and path.name.endswith(".lock"):
+            return True
+        if path.suffix == ".json" and path.with_suffix("").is_file():
+            with suppress(OSError, ValueError, RecursionError):
+                facts = json.loads(path.read_bytes())
+                if isinstance(facts, dict) and facts.keys() & {"stage", "versions", "weights_sha256", "seed"}:
+                    return True
+    return False
+
+
+def _is_picture(name: str) -> bool:
+    return (mimetypes.guess_type(name)[0] or "").startswith("image/")
