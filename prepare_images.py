@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         "inputs_sha256": fingerprint(entries),
         "num_images": args.num_images,
         "seed": args.seed,
-        **({"range": args.range} if args.range else {}),
+        **options.image_facts(),
     }
     with artefacts.claim(out):
         if artefacts.reuse(out, facts, args.overwrite):

@@ -241,6 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     facts = task.facts(weights.sha256, artefacts.file_sha256(checkpoint)) | {
         "restarts": args.restarts,
         "measured": measured,
+        **options.image_facts(),
     }
     single = len(args.inputs) == 1 and not (args.rows or args.held_out or Path(args.inputs[0]).is_dir())
     kind = f"{args.target}-{args.regularizer}-{args.descent}"

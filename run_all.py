@@ -46,7 +46,7 @@ def stage_commands(args: argparse.Namespace) -> dict[str, list[list[str]]]:
     weights = ["--weights", args.weights]
     weights += ["--mean-image", str(args.mean_image)] if args.mean_image else []
     weights += ["--cache", str(args.cache)] if args.cache else []
-    image = str(args.image or sample_image())
+    image, deep = str(args.image or sample_image()), options.image_arguments()
     prepare = ["--source", *args.source] if args.source is not None else []
     prepare += ["--num-images", str(args.num_images)] if args.num_images else []
     layers = ["--layers", *args.layers] if args.layers else []
@@ -55,11 +55,11 @@ def stage_commands(args: argparse.Namespace) -> dict[str, list[list[str]]]:
         train += ["--init", str(SHIPPED)]
     rebuild = ["--iterations", str(args.reconstruction_iterations)] if args.reconstruction_iterations else []
     return {
-        "prepare_images": [[*common, *prepare]],
+        "prepare_images": [[*common, *prepare, *deep]],
         "extract_features": [[*common, *weights, *layers]],
         "train_vlm": [[*common, *layers, *train]],
-        "reconstruct": [[image, *common, *weights, *rebuild, "--regularizer", name] for name in ("vlm", "none")],
-        "saliency": [[image, *common, *weights]],
+        "reconstruct": [[image, *common, *weights, *rebuild, *deep, "--regularizer", name] for name in ("vlm", "none")],
+        "saliency": [[image, *common, *weights, *deep]],
     }
 
 
@@ -158,6 +158,7 @@ def get_parser() -> options.Parser:
     parser = options.stage_parser(__doc__)
     parser.set_defaults(preset="demo")
     options.add_weights_options(parser)
+    options.add_image_options(parser)
     parser.add_argument(
         "--source", nargs="+", help="training images, as for prepare_images.py (preset demo: sample photos)"
     )

@@ -65,12 +65,13 @@ class Run:
     seed: int = 0
     weights: str = "auto"
     cache: Path | None = None
+    deep: tuple[str, ...] = ()  # how values of more than 8 bits are read
     overwrite: bool = False
 
     def shared(self, *more: object) -> list[str]:
         """Options that every stage gets, and more."""
         options = ["--device", self.device, "--seed", self.seed, *(["--overwrite"] if self.overwrite else [])]
-        return [str(o) for o in (*options, *(["--cache", self.cache] if self.cache else []), *more)]
+        return [str(o) for o in (*options, *self.deep, *(["--cache", self.cache] if self.cache else []), *more)]
 
     @property
     def saliency(self) -> Path:
@@ -210,7 +211,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--figures shows sample photos: leave the image out")
     out = args.out or Path("out/figures" if args.figures else "out/pretrained")
     shared = {name: getattr(args, name) for name in ("target", "iterations", "max_side", "device", "seed", "weights")}
-    run = Run(args.image or sample_photos()[0], out, **shared, cache=args.cache, overwrite=args.overwrite)
+    run = Run(
+        args.image or sample_photos()[0],
+        out,
+        **shared,
+        cache=args.cache,
+        deep=(*options.image_arguments(),),
+        overwrite=args.overwrite,
+    )
     if not args.figures:
         print(
             f"{PLAN.format(image=program.printable(run.image.name), target=run.target)}\n{run.out / PAGE}\n", flush=True

@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
             **{f"{name} {key}": value for name, facts in of_readings.items() for key, value in facts.items()},
             **{key: getattr(args, key) for key in ("max_side", "power", "blur", "postprocess")},
             **({"centre_prior": args.centre_prior} if args.centre_prior else {}),
-            **({"range": args.range} if args.range else {}),
+            **options.image_facts(),
         }
         mine, failed = dict(distributed.share(list(files.items()))), 0
         if distributed.rank() == 0:

@@ -11,8 +11,6 @@ from 1, as in the MIT/Tübingen benchmark). What a reader does with
 - repeated fixations: kept.
 """
 
-import csv
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +19,15 @@ from typing import Any
 import numpy as np
 
 from evaluation.fixation_metrics import fixations_elsewhere
+from evaluation.fixation_tables import UNKNOWN_SUBJECT, Row, csv_rows
 from evaluation.gaze import fixation_centres
 from evaluation.matlab import NAME_LENGTH, cells_of, field_of, read_matlab, variable_of
 from models.errors import UserError
 from pipeline.decoding import open_image, upright_size
 from pipeline.images import read_rgb
+from pipeline.names import Names
 
-UNKNOWN_SUBJECT = -1
-COLUMNS = ("image", "subject", "x", "y")
-Row = tuple[str, int, float, float]  # image, subject, x, y
+TABLES = (".csv", ".tsv", ".txt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +104,7 @@ def read_fixations(path: Path, stimuli: Mapping[str, tuple[int, int]]) -> Fixati
     """
     if path.is_dir():
         return read_mit1003(path, stimuli)
-    if path.suffix.lower() == ".csv":
+    if path.suffix.lower() in TABLES:
         return read_csv(path, stimuli)
     if path.suffix.lower() != ".mat":
         raise UserError(
@@ -124,68 +122,21 @@ def read_fixations(path: Path, stimuli: Mapping[str, tuple[int, int]]) -> Fixati
 
 
 def read_csv(path: Path, stimuli: Mapping[str, tuple[int, int]]) -> Fixations:
-    """Fixations from a UTF-8 table with a header and the columns image, subject, x, y; others are ignored.
+    """Fixations from a table with a header and the columns image, x, y and, where it is known, subject.
+
+    Columns are parted by commas, semicolons, tabs or bars, and named in upper or lower case; others are ignored. Where
+    they are not parted by commas, 1,5 is 1.5. The text is UTF-8, or UTF-16 with a mark at its start.
 
     Args:
-        path: the file. image: file name of a stimulus, its folder left out, or the name without extension where that
-            is unambiguous; subject: whole number, -1 or empty where unknown; x, y: pixels. A duration_ms may be
-            there: every fixation counts the same, as in the benchmark.
+        path: the file. image: file name of a stimulus, see `Names`; subject: any name, nothing, NA or -1 where
+            unknown; x, y: pixels, nothing, NA or a dot where lost. A duration_ms may be there: every fixation counts
+            the same, as in the benchmark.
         stimuli: image name -> (height, width); its order gives the image indices.
 
     Raises:
         UserError: no such file, not a text table, a column missing or twice, a number that is none, no image known.
     """
-    return _collect(path, _csv_rows(path), stimuli)
-
-
-def _csv_rows(path: Path) -> Iterator[Row]:
-    """One row per line of the table; a UserError names the line."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: give a table of fixations with the columns {', '.join(COLUMNS)}")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            table = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(table, [])]
-            places = _columns(path, header)
-            for cells in table:
-                if not any(cell.strip() for cell in cells):
-                    continue
-                if len(cells) != len(header):
-                    raise UserError(
-                        f"{path}, line {table.line_num}: {len(cells)} values under {len(header)} columns: mend the line"
-                    )
-                yield _parse_row(f"{path}, line {table.line_num}", [cells[place].strip() for place in places])
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a table of comma-separated values in UTF-8 ({error}): mend it") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _columns(path: Path, header: list[str]) -> list[int]:
-    missing = [name for name in COLUMNS if name not in header]
-    if missing:
-        raise UserError(f"{path} lacks the column {', '.join(missing)}: its first line must name {', '.join(COLUMNS)}")
-    twice = [name for name in COLUMNS if header.count(name) > 1]
-    if twice:
-        raise UserError(f"{path} has the column {twice[0]} twice: leave one out")
-    return [header.index(name) for name in COLUMNS]
-
-
-def _parse_row(place: str, cells: list[str]) -> Row:
-    image, subject, x, y = cells
-    try:
-        number = int(subject) if subject else UNKNOWN_SUBJECT
-        if not UNKNOWN_SUBJECT <= number < 2**63:
-            raise ValueError
-    except ValueError:
-        raise UserError(f"{place}: subject {subject[:40]!r} must be a whole number from 0, or empty") from None
-    coordinates = []
-    for name, cell in (("x", x), ("y", y)):
-        try:
-            coordinates.append(float(cell))
-        except ValueError:
-            raise UserError(f"{place}: {name} {cell[:40]!r} is not a number: give pixels, or NaN if lost") from None
-    return image, number, *coordinates
+    return _collect(path, csv_rows(path), stimuli)
 
 
 def _collect(path: Path, rows: Iterable[Row], stimuli: Mapping[str, tuple[int, int]]) -> Fixations:
@@ -196,11 +147,11 @@ def _collect(path: Path, rows: Iterable[Row], stimuli: Mapping[str, tuple[int, i
     """
     names = list(stimuli)
     sizes = np.array(list(stimuli.values()), dtype=np.int64).reshape(-1, 2)
-    index = _name_index(names)
+    index = Names(names)
     kept: list[tuple[int, int, float, float]] = []
     example, unknown = "", 0
     for image, subject, x, y in rows:
-        number = index.get(image.replace("\\", "/").rpartition("/")[2])
+        number = index.find(image)
         if number is None:
             example, unknown = image, unknown + 1
         else:
@@ -227,14 +178,6 @@ def _collect(path: Path, rows: Iterable[Row], stimuli: Mapping[str, tuple[int, i
         not_finite=int((~finite).sum()),
         unknown=unknown,
     )
-
-
-def _name_index(names: list[str]) -> dict[str, int]:
-    """File names, and those names without extension that are unambiguous, to places in the list."""
-    stems = [Path(name).stem for name in names]
-    counts = Counter(stems)
-    index = {stem: place for place, stem in enumerate(stems) if counts[stem] == 1}
-    return index | {name: place for place, name in enumerate(names)}
 
 
 def read_osie_mat(path: Path, stimuli: Mapping[str, tuple[int, int]]) -> Fixations:
@@ -275,11 +218,11 @@ def read_toronto_mat(path: Path, stimuli: Mapping[str, tuple[int, int]]) -> Fixa
 
 def _toronto_rows(path: Path, maps: Any, stimuli: Mapping[str, tuple[int, int]]) -> Iterator[Row]:
     names = list(stimuli)
-    index = _name_index(names)
+    index = Names(names)
     for number, values in enumerate(cells_of(path, maps, "white"), start=1):
         if not isinstance(values, np.ndarray) or values.ndim != 2 or np.isnan(values).any():
             raise UserError(f"{path}: map {number} is not a binary map: give Toronto's own file")
-        place = index.get(str(number))
+        place = index.find(str(number))
         if place is not None and tuple(stimuli[names[place]]) != values.shape:
             height, width = stimuli[names[place]]
             raise UserError(

@@ -19,6 +19,8 @@ from models.errors import UserError
 from pipeline import artefacts, networks, ownership
 from pipeline.decoding import open_image
 from pipeline.images import output_name
+from pipeline.names import Names
+from pipeline.paths import real
 
 if TYPE_CHECKING:
     import torch
@@ -67,14 +69,16 @@ class Baselines:
 class Folder:
     """Maps of one model in a folder: for the stimulus `a.jpg` the file `a.npy`, `a.jpg.npy`, `a.png` or `a.jpg.png`.
 
-    The first of these that is there is taken: floats before 8 or 16 bits of grey.
+    The first of these that is there is taken: floats before 8 or 16 bits of grey. Of stimuli that differ only in their
+    extension, `a.jpg` and `a.png`, each needs the map with the whole name.
 
     Raises:
-        UserError: a map is missing, unreadable, coloured, not finite, or of another size than its stimulus.
+        UserError: a map is missing, of two stimuli, unreadable, coloured, not finite, or of another size than its
+            stimulus.
     """
 
     def __init__(self, name: str, folder: Path, sizes: Mapping[Path, tuple[int, int]]):
-        self.files = {image: self._find(folder, image) for image in sizes}
+        self.files = _find_maps(folder, list(sizes))
         ownership.reading(*self.files.values())
         wrong = [(i, f"{w}×{h}", self._size(i)) for i, (h, w) in sizes.items() if self._size(i) != f"{w}×{h}"]
         if wrong:
@@ -86,15 +90,6 @@ class Folder:
             )
         self.rows = {name: Row("model", f"maps of the folder {folder}")}
         self.facts = {"folder": name, "maps": {f.name: artefacts.file_sha256(f) for f in self.files.values()}}
-
-    @staticmethod
-    def _find(folder: Path, image: Path) -> Path:
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder: give the folder of the maps")
-        for name in (f"{image.stem}.npy", f"{image.name}.npy", f"{image.stem}.png", f"{image.name}.png"):
-            if (folder / name).is_file():
-                return folder / name
-        raise UserError(f"{folder} has no map of {image.name}: add {image.stem}.npy or {image.stem}.png")
 
     def _size(self, image: Path) -> str:
         height, width = self._read(image).shape
@@ -118,6 +113,27 @@ class Folder:
         if not np.isfinite(values).all():
             raise UserError(f"{self.files[path]} holds NaN or infinities: save finite numbers")
         return dict.fromkeys(self.rows, values)
+
+
+def _find_maps(folder: Path, images: Sequence[Path]) -> dict[Path, Path]:
+    """The map of every stimulus in a folder; a stimulus is never its own map."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give the folder of the maps")
+    stimuli = {real(image) for image in images}
+    there = sorted(f for f in folder.iterdir() if f.suffix in (".npy", ".png") and real(f) not in stimuli)
+    index, stems = Names([file.name for file in there], stems=False), Counter(image.stem for image in images)
+    found, taken = {}, set()
+    for image in images:
+        ways = (image.stem, image.name) if stems[image.stem] == 1 else (image.name,)
+        places = [index.find(f"{way}{suffix}") for suffix in (".npy", ".png") for way in ways]
+        place = next((place for place in places if place is not None), None)
+        if place is None:
+            raise UserError(f"{folder} has no map of {image.name}: add {ways[0]}.npy or {ways[0]}.png")
+        if place in taken:
+            raise UserError(f"{there[place]} would be the map of {image.name} and of another stimulus: rename one")
+        taken.add(place)
+        found[image] = there[place]
+    return found
 
 
 def folders(given: Sequence[Path], images: Sequence[Path], sizes: np.ndarray) -> list[Source]:

@@ -17,8 +17,9 @@ import argparse
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +43,11 @@ Scores = dict[str, dict[str, float]]  # by row and metric, of one image
 
 @dataclass(frozen=True)
 class Looks:
-    """Images and where people looked in them."""
+    """Images and where people looked in them; why others of the folder are left out, by file."""
 
     images: list[Path]
     fixations: Fixations
+    unreadable: dict[Path, str] = field(default_factory=dict)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
 
         stated = {key: getattr(args, key) for key in ("power", "blur", "postprocess", "seed")}
         stated |= {"centre_prior": args.centre_prior} if args.centre_prior else {}
+        stated |= options.image_facts()
         evaluate(distributed.together(open_sources), looks, args.out, stated, args.overwrite)
     return 0
 
@@ -165,6 +168,8 @@ def read_data(
     Raises:
         UserError: nothing given, both ways given, or nothing usable found.
     """
+    from pipeline.images import readable
+
     if (dataset is None) == (stimuli is None or fixations is None):
         raise UserError("give either --dataset, or both --stimuli DIR and --fixations FILE")
     if dataset:
@@ -174,17 +179,24 @@ def read_data(
         if not stimuli.is_dir():
             raise UserError(f"{stimuli} is not a folder: give the folder of the images with --stimuli")
         images = listing.images_below(stimuli)
-    images = images[skip:][:limit]
+    images, unreadable = readable(images[skip:][:limit])
+    if distributed.leads():
+        for problem in unreadable.values():
+            print(f"evaluate.py: left out: {problem}", file=sys.stderr)
+    if unreadable and not images:
+        raise UserError(f"none of the {len(unreadable)} stimuli can be read: give other images")
     ownership.reading(path, *images)
     found = read(path, image_sizes(images))
     without = found.images_without()
     print(
-        f"{len(images)} images, {len(found)} fixations; left out: {found.outside} outside their image, "
+        f"{len(images)} images, {len(found)} fixations; left out: "
+        + (f"{len(unreadable)} images that cannot be read, " if unreadable else "")
+        + f"{found.outside} outside their image, "
         f"{found.not_finite} lost, {found.unknown} of other images; images without fixations: {len(without)}"
     )
     if len(without) == len(images):
         raise UserError(f"{path} has no usable fixation on these images: give others")
-    return Looks(images, found)
+    return Looks(images, found, unreadable)
 
 
 def fixations_sha256(fixations: Fixations) -> str:
@@ -237,6 +249,7 @@ def write(
         "images_scored": sum(count > 0 for count in counts),
         "fixations": len(fixations),
         "left_out": {key: getattr(fixations, key) for key in ("outside", "not_finite", "unknown")},
+        "unreadable": {file.name: problem for file, problem in looks.unreadable.items()},
         "confidence": tables.CONFIDENCE,
         "models": {
             name: {"kind": row.kind, "about": row.about, **tables.summarise(scores, name, metrics, seed)}

@@ -71,6 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--reconstructions", type=options.folder, nargs="+", default=[], help="folders of results of reconstruct.py"
     )
     options.add_weights_options(parser)
+    options.add_image_options(parser)
     parser.add_argument(
         "--out", type=options.writable_folder, default=Path("out/naturalness"), help="folder (default: out/naturalness)"
     )
@@ -136,6 +137,7 @@ def evaluate(
         "spoilings": spoilings,
         "readers": [reader.facts for reader in readers],
         "seed": seed,
+        **options.image_facts(),
     }
     if is_shown(out, facts, overwrite):
         return

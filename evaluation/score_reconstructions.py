@@ -91,7 +91,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="(default: out/reconstruction-scores)",
     )
     options.add_weights_options(parser)
-    options.add_image_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:

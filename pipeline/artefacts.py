@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,18 +58,30 @@ def atomic_path(path: Path, size: int | None = None) -> Iterator[Path]:
     """
     temporary = path.with_name(path.name + PARTIAL)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ownership.remove(temporary)
-        ownership.check(path)
-        yield temporary
-        commit(temporary, path)
+        with _room_for(path, temporary, size):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ownership.remove(temporary)
+            ownership.check(path)
+            yield temporary
+            commit(temporary, path)
+    finally:
+        with suppress(UserError):
+            ownership.remove(temporary)
+
+
+@contextmanager
+def _room_for(path: Path, temporary: Path, size: int | None = None) -> Iterator[None]:
+    """A block that writes `temporary`, which is to become `path` of `size` bytes.
+
+    Raises:
+        NoRoomError: the disk is full.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno not in FULL:
             raise
         raise NoRoomError(_no_room(path, temporary, size, error)) from None
-    finally:
-        with suppress(UserError):
-            ownership.remove(temporary)
 
 
 def _no_room(path: Path, temporary: Path, size: int | None, error: OSError) -> str:
@@ -104,9 +116,10 @@ def claim(*paths: Path) -> Iterator[None]:
 def _locked(path: Path) -> Iterator[None]:
     from filelock import FileLock, SoftFileLock, Timeout
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     file = beside(path, ".", ".lock")
-    ownership.check_lock(file)
+    with _room_for(path, file):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ownership.check_lock(file)
     lock = FileLock(file)
     try:
         lock.acquire(blocking=False)
@@ -431,7 +444,8 @@ class ArrayWriter:
 
     def _check(self) -> None:
         ownership.check(self.partial, note=False)
-        ownership.check(self.path)
+        with self._room():
+            ownership.check(self.path)
         if self.partial.is_symlink():
             self.partial.unlink()
 
@@ -467,16 +481,10 @@ class ArrayWriter:
             self.file.seek(self.array.offset + first * self.array[:1].nbytes)
             self.file.write(np.ascontiguousarray(rows, self.array.dtype).data)
 
-    @contextmanager
-    def _room(self) -> Iterator[None]:
-        """Say so where the disk is full after all: not every one can be reserved."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            size = int(np.prod(self.facts["shape"])) * np.dtype(self.facts["dtype"]).itemsize
-            raise NoRoomError(_no_room(self.path, self.partial, size, error)) from None
+    def _room(self) -> AbstractContextManager[None]:
+        """Says so where the disk is full after all: not every one can be reserved."""
+        size = int(np.prod(self.facts["shape"])) * np.dtype(self.facts["dtype"]).itemsize
+        return _room_for(self.path, self.partial, size)
 
     def _flush(self) -> None:
         with self._room():

@@ -93,9 +93,9 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (width, height) if orientation(image) in SIDEWAYS and not turned else (height, width)
 
 
-def decode(image: Image.Image) -> np.ndarray:
-    """The pixels of an opened image, upright: (H, W, 3) uint8."""
-    turn, size = orientation(image), upright_size(image)
+def decode(image: Image.Image) -> tuple[np.ndarray, str]:
+    """The pixels of an opened image, upright, (H, W, 3) uint8, and what is to be said of them, '' mostly."""
+    turn, size, deep_colours = orientation(image), upright_size(image), _of_deep_colours(image)
     image.load()
     if turn != 1 and image.format == "TIFF" and ORIENTATION not in image.tag_v2:
         turn = 1  # Pillow turned it while loading
@@ -103,7 +103,7 @@ def decode(image: Image.Image) -> np.ndarray:
     rgb = np.ascontiguousarray(TURNS[turn](rgb)) if turn != 1 else rgb
     if rgb.shape[:2] != size:
         raise ValueError(f"{rgb.shape[1]}×{rgb.shape[0]} pixels, its header says {size[1]}×{size[0]}")
-    return rgb
+    return rgb, unused_bits(image, deep_colours, rgb)
 
 
 def known_range(image: Image.Image) -> Range | None:
@@ -120,6 +120,24 @@ def known_range(image: Image.Image) -> Range | None:
     if image.mode == "I" and image.format not in ("PNG", "PPM", "JPEG2000", None) and not (tags and bits <= 16):
         return None
     return (0.0, float(2**bits - 1)) if bits <= 16 and signed == 1 else None
+
+
+def _of_deep_colours(image: Image.Image) -> bool:
+    """Whether an opened image, not loaded yet, holds 16 bits of each colour, of which Pillow gives the upper 8."""
+    raw = [tile[3] for tile in image.tile[:1]]
+    return image.mode == "RGB" and "16" in str(raw)
+
+
+def unused_bits(image: Image.Image, deep_colours: bool, rgb: np.ndarray) -> str:
+    """A word where 16 bits come out nearly black, as they do where they hold 10 to 14; '' elsewhere."""
+    dark = "has 16 bits and no value above {}, so it looks dark: "
+    if deep_colours and 0 < (largest := int(rgb.max())) < 64:
+        return dark.format(largest * 256 + 255) + "save it with 8 bits"
+    if options.image_range or not image.mode.startswith("I") or known_range(image) != (0.0, 65535.0):
+        return ""
+    largest = int(np.asarray(image).max())
+    bits = next((bits for bits in (10, 12, 14) if 255 < largest < 1 << bits), None)
+    return "" if bits is None else dark.format(largest) + f"--range 0 {2**bits - 1} if it means {bits} bits"
 
 
 def to_rgb_array(image: Image.Image) -> np.ndarray:

@@ -7,10 +7,14 @@ printed; decoding takes memory for the pixels that its limit allows, and no prog
 import hashlib
 import io
 import logging
+import os
 import stat
+import sys
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO
@@ -32,6 +36,8 @@ LONGEST_NAME = 200  # bytes of an output's name: file systems allow 255, and suf
 warnings.filterwarnings("ignore", module=r"PIL\.")  # here, since doing so around each call is not safe with threads
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 _one_large_image = threading.Lock()
+MOST_TOLD = 3  # of images that are odd
+_told: set[str] = set()
 
 
 def read_rgb(source: Path | BinaryIO, name: str | None = None) -> np.ndarray:
@@ -53,7 +59,9 @@ def read_rgb(source: Path | BinaryIO, name: str | None = None) -> np.ndarray:
             decoding.open_image(source) as image,
             _one_large_image if image.width * image.height > LARGE else nullcontext(),
         ):
-            return decoding.decode(image)
+            rgb, note = decoding.decode(image)
+            tell(name, note)
+            return rgb
     except UserError as error:
         raise UserError(f"{name} {error}") from None
     except UnidentifiedImageError:
@@ -67,6 +75,29 @@ def read_rgb(source: Path | BinaryIO, name: str | None = None) -> np.ndarray:
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
         reason = printable(" ".join(str(error).split()))[:200]
         raise UserError(f"{name} is damaged ({type(error).__name__}: {reason}): give another file") from None
+
+
+def tell(name: str, what: str) -> None:
+    """Say on standard error what is odd with an image, once for each, and not for more than `MOST_TOLD`."""
+    if what and name not in _told and len(_told) <= MOST_TOLD:
+        _told.add(name)
+        more = len(_told) > MOST_TOLD
+        print("note: further images are so too" if more else f"note: {name} {what}", file=sys.stderr, flush=True)
+
+
+def readable(files: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
+    """The files that can be decoded to their end, and why the others cannot."""
+
+    def problem_of(file: Path) -> str:
+        try:
+            read_rgb(file)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1) or 1) as pool:
+        found = dict(zip(files, pool.map(problem_of, files), strict=True))
+    return [file for file in files if not found[file]], {file: problem for file, problem in found.items() if problem}
 
 
 def check_file(path: Path, name: str | None = None) -> None:

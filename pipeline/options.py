@@ -5,13 +5,16 @@ Nothing here imports torch, so that `--help` answers at once.
 
 import argparse
 import importlib
+import itertools
 import os
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from models.errors import UserError
 from pipeline import ownership
 from pipeline.paths import user_path
 from pipeline.presets import DEFAULTS, PRESETS, Stage
@@ -28,6 +31,8 @@ image_range: list[float] | None = None  # of the command that runs: --range, bla
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
+    _given: Sequence[str] = ()
+
     def parse_args(self, *arguments: Any, **more: Any) -> argparse.Namespace:
         """As usual; a new command begins, whose inputs the types of options note."""
         global image_range
@@ -38,8 +43,25 @@ class Parser(argparse.ArgumentParser):
             self.error(f"--range {given[0]:g} {given[1]:g}: black must be the smaller number")
         return args
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple:
+        """As usual; `error` knows what was given."""
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def _swallowed(self, message: str) -> str:
+        """A hint where an option of several values may have taken the argument that stood behind it."""
+        taking = {name for a in self._actions if a.nargs in ("+", "*") for name in a.option_strings}
+        what = next((a.metavar for a in self._actions if not a.option_strings and isinstance(a.metavar, str)), None)
+        for place, name in enumerate(self._given):
+            values = list(itertools.takewhile(lambda text: not text.startswith("-"), self._given[place + 1 :]))
+            told = "arguments are required" in message or message.startswith(f"argument {name}:")
+            if what and name in taking and len(values) > 1 and told:
+                return f"; {name} takes all that follows it: put {what} before it, or after --"
+        return ""
+
     def error(self, message: str) -> NoReturn:
         """Print one line on stderr and exit with code 2."""
+        message += self._swallowed(message)
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (see --help)\n")
 
     def format_help(self) -> str:
@@ -234,12 +256,14 @@ def fraction(text: str) -> float:
 
 def _kind(text: str) -> int:
     """stat's type of what stands at a path, 0 for nothing there."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("an empty path leads nowhere")
+    try:
+        path = user_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     if any(len(os.fsencode(part)) > LONGEST_PART for part in Path(text).parts):
         raise argparse.ArgumentTypeError(f"{text[:80]!r}… has a name of more than {LONGEST_PART} bytes")
     try:
-        return stat.S_IFMT(user_path(text).stat().st_mode)
+        return stat.S_IFMT(path.stat().st_mode)
     except FileNotFoundError:
         return 0
     except (OSError, ValueError) as error:
@@ -306,6 +330,16 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         help="which values are black and white in images of floats and of more than 8 bits; needed where their format "
         "does not say it, as for floats (default: 0 and 65535 for 16 bits)",
     )
+
+
+def image_facts() -> dict[str, list[float]]:
+    """What decides the pixels of images besides their files: the command's --range, where it was given."""
+    return {} if image_range is None else {"range": image_range}
+
+
+def image_arguments() -> list[str]:
+    """The options of `add_image_options` as this command was given them, for a stage that it calls."""
+    return [] if image_range is None else ["--range", *map(repr, image_range)]
 
 
 def add_weights_options(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,13 @@ COMPANIONS = re.compile(r"(\.json|\.partial|\.progress|-\d+of\d+)+$")
 
 LOCK = re.compile(rb"$|process \d|\d+\s")  # empty, or who holds it
 
+STATE = re.compile(r"restart-\d+\.state\.safetensors|.+-unnaturalness(-.+)?\.npy")  # of what was interrupted
+EARLIER = (  # pictures of results of earlier versions, and what stands beside them
+    (r"(reconstruction|image|comparison|curves|restart-\d+)\.png", r"curves\.csv|restart-\d+\.state\.safetensors"),
+    (r"examples-.+\.png|pictures\.png", r"table\.md"),
+    (r"figure\.png", r"report\.html"),
+)
+
 _inputs: dict[tuple[int, int], Path] = {}  # device and file number: links, hard ones too, are the same file
 _ledgers: dict[Path, set[str]] = {}
 _one_at_a_time = threading.RLock()
@@ -132,31 +139,37 @@ def _note(folder: Path, names: list[str]) -> None:
     _refuse_inputs(ledger)
     if ledger.is_symlink() or (ledger.exists() and ledger.stat().st_size and not _read(ledger)):
         raise UserError(f"{ledger} is no list of this program, and its name is needed for one: move it away")
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     descriptor = os.open(ledger, flags, 0o666)
     try:
-        os.write(descriptor, "".join(f"{json.dumps(name)}\n" for name in names).encode())
+        if size := os.fstat(descriptor).st_size:
+            os.lseek(descriptor, size - 1, os.SEEK_SET)
+        cut_off = size and os.read(descriptor, 1) != b"\n"  # by a full disk, or a power cut
+        lines = "".join(f"{json.dumps(name)}\n" for name in names)
+        os.write(descriptor, (f"\n{lines}" if cut_off else lines).encode())
     finally:
         os.close(descriptor)
     _ledgers.setdefault(folder, set()).update(names)
 
 
 def _of_earlier_versions(folder: Path) -> list[str]:
-    """Names that versions without ledgers left: all but pictures beside a sidecar or lock, all of `figures`."""
+    """Names that versions without ledgers left beside a sidecar, a state or a lock; of pictures those of results."""
     with suppress(OSError):
-        place = folder.parent if folder.name == "figures" else folder
+        within = folder.name in ("figures", "snapshots")
         names = sorted(p.name for p in folder.iterdir() if p.name != LEDGER and not p.is_dir())
-        if _has_marks(place):
-            return [name for name in names if place != folder or not _is_picture(name)]
+        if _has_marks(folder.parent if within else folder):
+            return [name for name in names if within or not _is_picture(name) or _is_result(name, names)]
     return []
 
 
 def _has_marks(folder: Path) -> bool:
     for path in folder.iterdir():
-        if path.name.startswith(".") and path.name.endswith(".lock"):
-            return True
-        if path.suffix == ".json" and path.with_suffix("").is_file():
-            with suppress(OSError, ValueError, RecursionError):
+        with suppress(OSError, ValueError, RecursionError):
+            if STATE.fullmatch(path.name):
+                return True
+            if path.name.startswith(".") and path.name.endswith(".lock") and LOCK.match(path.read_bytes()[:20]):
+                return True
+            if path.suffix == ".json" and path.with_suffix("").is_file():
                 facts = json.loads(path.read_bytes())
                 if isinstance(facts, dict) and facts.keys() & {"stage", "versions", "weights_sha256", "seed"}:
                     return True
@@ -165,3 +178,14 @@ def _has_marks(folder: Path) -> bool:
 
 def _is_picture(name: str) -> bool:
     return (mimetypes.guess_type(name)[0] or "").startswith("image/")
+
+
+def _is_result(name: str, names: list[str]) -> bool:
+    """Whether a picture among the `names` of a folder is one of a result's."""
+    stem = name.removesuffix(".png").removesuffix("-overlay")
+    if f"{stem}.npy" in names or any(other.startswith(f"{stem}-unnaturalness") for other in names):
+        return True
+    return any(
+        re.fullmatch(pictures, name) and any(re.fullmatch(beside, other) for other in names)
+        for pictures, beside in EARLIER
+    )

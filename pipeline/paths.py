@@ -3,17 +3,21 @@
 import os
 from pathlib import Path
 
+from models.errors import UserError
+
 
 def user_path(text: str | Path) -> Path:
     """The path that a user means, with the home folder in place of a leading `~`, also where no shell put it there.
 
     Raises:
-        ValueError: nobody is called so, or there is no home folder.
+        UserError: an empty text, or nobody is called so, or there is no home folder.
     """
+    if not str(text).strip():
+        raise UserError("an empty path leads nowhere")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise ValueError(str(error)) from None
+        raise UserError(f"{str(text)[:80]!r} cannot be used: {error}") from None
 
 
 def real(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """No input is ever overwritten, and no file that this program did not write."""
 
+import importlib
 import os
 import shutil
 from pathlib import Path
@@ -9,36 +10,73 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import prepare_images
 from models.errors import UserError
-from pipeline import artefacts, images, ownership, paths
+from pipeline import artefacts, images, ownership, paths, program
 from tests.conftest import make_photo
+from tests.pipeline.test_options import tiny, tiny_workspace  # noqa: F401 (fixtures)
 
-places = st.sampled_from(["a", "b", "a/c"])
-names = st.sampled_from(
-    ["x.npy", "x.npy.json", "x.npy.partial", "rejected.csv", "photo.png", ".x.npy.lock", ".cnn-vlm"]
-)
-kinds = st.sampled_from(["photo", "symbolic", "hard", "own", "folder link"])
+PLACES = ["a", "b", "a/c"]
+OUTPUTS = {  # of every script, names that it writes
+    "prepare_images": ["x.npy", "x.npy.json", "x.npy.partial", "rejected.csv", ".x.npy.lock"],
+    "saliency": [
+        "photo.png",
+        "photo.npy",
+        "photo-overlay.png",
+        "first.png",
+        "first-unnaturalness.npy",
+        "first.npy.json",
+    ],
+    "reconstruct": [
+        "image.png",
+        "reconstruction.png",
+        "reconstruction.npy",
+        "curves.csv",
+        "restart-0.png",
+        "snapshots",
+    ],
+    "evaluate fixations": [
+        "summary.json",
+        "scores.csv",
+        "table.md",
+        "scores.partial",
+        "examples-tiny-conv2.png",
+        "maps",
+    ],
+    "evaluate naturalness": ["summary.json", "scores.csv", "table.md", "scores.partial", "pictures.png"],
+    "run_pretrained_model": ["figure.png", "report.html", "README.txt", "saliency", "reconstructions", "unnaturalness"],
+    "train_vlm": ["x.safetensors", "x.safetensors.json", "x.safetensors.partial", "vlm.safetensors"],
+}
+KINDS = ["photo", "symbolic", "hard", "own", "folder link"]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.lists(st.tuples(places, names, kinds), max_size=5),
-    st.sampled_from(["a", "b", "list"]),
-    places,
-    st.booleans(),
-)
-def test_every_input_keeps_its_bytes(tmp_path: Path, files: list, source: str, out: str, overwrite: bool) -> None:
-    """Any placing of photos, of somebody's own files and of links among a few folders; stage 1 reads and writes."""
-    shutil.rmtree(tmp_path)
-    for place in ("a/c", "b"):
-        (tmp_path / place).mkdir(parents=True)
-    images.write_png(tmp_path / "picture.png", make_photo(0, 20, 30))
-    content = (tmp_path / "picture.png").read_bytes()
-    kept = [tmp_path / "a" / "first.png"]
-    kept[0].write_bytes(content)
-    for place, name, kind in files:
-        path = tmp_path / place / name
+def commands(script: str, root: Path, source: Path, out: Path) -> list[str]:
+    """A command of a fraction of a second that reads `source` and writes into `out`."""
+    vlm = ["--vlm", str(root / "vlm.safetensors"), "--weights", "random", "--device", "cpu", "--out", str(out)]
+    once = ["--iterations", "1"]
+    return {
+        "prepare_images": ["--source", str(source), "--out", str(out / "x.npy"), "--root", str(root)],
+        "saliency": [str(source), *vlm],
+        "reconstruct": [str(source), *vlm, *once, "--target", "fc8", "--learning-rate", "1"],
+        "evaluate fixations": ["--stimuli", str(source), "--fixations", str(root / "a" / "fixations.csv"), *vlm],
+        "evaluate naturalness": [str(source), *vlm, "--spoilings", "mirrored"],
+        "run_pretrained_model": [str(source), *vlm[2:], *once, "--target", "pool2"],
+        "train_vlm": ["--out", str(root / "vlm.safetensors"), "--export", str(out / "x.safetensors")],
+    }[script]
+
+
+def place(root: Path, files: list[tuple[str, str, str]]) -> list[Path]:
+    """A photo, a list, fixations, and `files` among three folders: photos, own notes, links; those that are files."""
+    for folder in PLACES:
+        (root / folder).mkdir(parents=True)
+    images.write_png(root / "picture.png", make_photo(0, 20, 30))
+    content = (root / "picture.png").read_bytes()
+    first = root / "a" / "first.png"
+    first.write_bytes(content)
+    (root / "a" / "fixations.csv").write_text("image,x,y\nfirst,3,4\nfirst,9,9\nphoto,5,5\n")
+    (root / "list").write_text("a/first.png\n")
+    kept = [first, root / "a" / "fixations.csv", root / "list", root / "picture.png"]
+    for folder, name, kind in files:
+        path = root / folder / name
         if os.path.lexists(path):
             continue
         if kind == "photo":
@@ -46,22 +84,65 @@ def test_every_input_keeps_its_bytes(tmp_path: Path, files: list, source: str, o
         elif kind == "own":
             path.write_text("my own notes")
         elif kind == "symbolic":
-            path.symlink_to(kept[0])
+            path.symlink_to(first)
         elif kind == "hard":
-            os.link(kept[0], path)
-        elif not (tmp_path / place / "link").exists():
-            (tmp_path / place / "link").symlink_to(tmp_path / "a", target_is_directory=True)
+            os.link(first, path)
+        elif not (root / folder / "link").exists():
+            (root / folder / "link").symlink_to(root / "a", target_is_directory=True)
         if path.is_file() and not path.is_symlink():
             kept.append(path)
-    (tmp_path / "list").write_text("a/first.png\n")
+    return kept
+
+
+def keep_their_bytes(script: str, root: Path, files: list, source: str, out: str, overwrite: bool) -> None:
+    """Run a script twice, refused or not: every file that was there before has its bytes."""
+    kept = place(root, files)
+    kept += [root / "vlm.safetensors"] if (root / "vlm.safetensors").exists() else []
     before = {path: path.read_bytes() for path in kept}
-    options = ["--source", str(tmp_path / source), "--out", str(tmp_path / out / "x.npy"), "--root", str(tmp_path)]
+    module, *command = script.split()
+    argv = [*command, *commands(script, root, root / source, root / out), *(["--overwrite"] if overwrite else [])]
     for _ in range(2):
         try:
-            prepare_images.main([*options, *(["--overwrite"] if overwrite else [])])
-        except (UserError, SystemExit):
+            importlib.import_module(module).main(argv)
+        except SystemExit:
+            break
+        except Exception as error:
+            assert program.explanation(error) is not None, argv
             break
     assert {path: path.read_bytes() for path in kept} == before
+
+
+def placings(names: list[str]) -> st.SearchStrategy:
+    """Files among the folders, by these names or others that the photos may have."""
+    return st.lists(
+        st.tuples(st.sampled_from(PLACES), st.sampled_from([*names, "photo.png", ".cnn-vlm"]), st.sampled_from(KINDS)),
+        max_size=5,
+    )
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(placings(OUTPUTS["prepare_images"]), st.sampled_from(["a", "b", "list"]), st.sampled_from(PLACES), st.booleans())
+def test_every_input_keeps_its_bytes(tmp_path: Path, files: list, source: str, out: str, overwrite: bool) -> None:
+    """Any placing of photos, of somebody's own files and of links among a few folders; stage 1 reads and writes."""
+    shutil.rmtree(tmp_path)
+    keep_their_bytes("prepare_images", tmp_path, files, source, out, overwrite)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_every_input_keeps_its_bytes_after_any_script(
+    tmp_path: Path, request: pytest.FixtureRequest, data: st.DataObject
+) -> None:
+    """The same through all scripts that read images or checkpoints, with a tiny network."""
+    script = data.draw(st.sampled_from([name for name in OUTPUTS if name != "prepare_images"]))
+    files = data.draw(placings(OUTPUTS[script]))
+    sources = ["a", "b", "a/link"] if script.startswith("evaluate") else ["a", "a/first.png", "b/photo.png"]
+    source = data.draw(st.sampled_from(["a/first.png"] if script == "run_pretrained_model" else sources))
+    out, overwrite = data.draw(st.sampled_from([*PLACES, "a/link", "new", "."])), data.draw(st.booleans())
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    shutil.copy(request.getfixturevalue("tiny_workspace") / "vlm.safetensors", tmp_path)
+    keep_their_bytes(script, tmp_path, files, source, out, overwrite)
 
 
 def test_what_is_ours_may_be_written_again(tmp_path: Path) -> None:
@@ -70,6 +151,12 @@ def test_what_is_ours_may_be_written_again(tmp_path: Path) -> None:
         artefacts.write_text(tmp_path / "a.txt", text)
         ownership.forget()
     assert (tmp_path / "a.txt").read_text() == "two"
+    with (tmp_path / ownership.LEDGER).open("a") as file:
+        file.write('"cut o')  # by a full disk: the names after it count
+    ownership.forget()
+    artefacts.write_text(tmp_path / "b.txt", "one")
+    ownership.forget()
+    artefacts.write_text(tmp_path / "b.txt", "two")
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match=r"mine.txt was not written by this program.*move it away, or write elsewhere"):
         artefacts.write_text(tmp_path / "mine.txt", "x")
@@ -93,6 +180,29 @@ def test_files_of_earlier_versions_may_be_written_again(tmp_path: Path) -> None:
         artefacts.write_text(tmp_path / name, "new")
     with pytest.raises(UserError, match=r"photo.png was not written"):
         artefacts.write_text(tmp_path / "photo.png", "new")
+
+
+def test_unfinished_results_of_earlier_versions_can_be_finished(tmp_path: Path) -> None:
+    """A picture is one of a result where something beside it says so; another stays somebody's own."""
+    left = {
+        "reconstruction": [
+            "restart-0.state.safetensors",
+            "restart-0.png",
+            "image.png",
+            "snapshots/restart-0-00100.png",
+        ],
+        "saliency": ["a-unnaturalness.npy", "a.png", "a-overlay.png"],
+        "scores": ["summary.json", "summary.json.json", "table.md", "examples-x.png"],
+    }
+    for folder, names in left.items():
+        for name in (*names, "mine.png"):
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_text('{"stage": "old"}')
+        ownership.forget()
+        for name in names:
+            artefacts.write_text(tmp_path / folder / name, "new")
+        with pytest.raises(UserError, match=r"mine.png was not written"):
+            artefacts.write_text(tmp_path / folder / "mine.png", "new")
 
 
 def test_own_results_are_no_inputs(tmp_path: Path) -> None:

@@ -49,6 +49,27 @@ def test_streams(redirection: str, code: int, said: bytes) -> None:
     assert result.stderr.startswith(said) and result.stderr.count(b"\n") == bool(said)
 
 
+HANG_UP = """import os, signal, sys; from pipeline import program; from pipeline.progress import SafePoints
+def main():
+    with SafePoints() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        signals.check(lambda: print("saved"))
+    os.kill(os.getpid(), signal.SIGHUP)
+    print("done")
+if len(sys.argv) > 1:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+sys.exit(program.run(main))
+"""
+
+
+def test_a_hangup_is_a_wish_to_end_unless_it_is_ignored() -> None:
+    """Started under nohup, a command outlives its terminal."""
+    result = shell(f"{sys.executable} -c '{HANG_UP}' default")
+    assert (result.returncode, result.stdout) == (129, b"saved\n") and result.stderr.count(b"\n") == 1
+    result = shell(f"nohup {sys.executable} -c '{HANG_UP}'")
+    assert (result.returncode, result.stdout) == (0, b"done\n")
+
+
 def test_the_first_line_of_a_plan() -> None:
     result = shell(f"{sys.executable} run_all.py --dry-run --preset demo | head -1")
     assert result.returncode == 0 and not result.stderr

@@ -13,6 +13,7 @@ from scipy.io import savemat
 from evaluation import fixations as reading
 from evaluation import matlab
 from models.errors import UserError
+from pipeline.names import Names
 
 STIMULI = {"a.jpg": (60, 80), "b.png": (30, 40), "c.jpg": (10, 10)}
 HEADER = "image,subject,x,y,duration_ms\n"
@@ -71,16 +72,14 @@ def test_all_fixations_outside_leave_an_empty_set(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "lacks the column image, subject, x, y"),
-        ("image,x\na.jpg,1\n", "lacks the column subject, y"),
+        ("", "lacks the column image, x, y"),
+        ("image,x\na.jpg,1\n", "lacks the column y: its first line must name image, x, y"),
+        ("image x y\na.jpg 1 2\n", "it is 'image x y'"),
         ("image,subject,x,y,x\na.jpg,1,1,1,1\n", "column x twice"),
         (HEADER, "no fixations"),
         (HEADER + "a.jpg,0,one,2,\n", "line 2: x 'one' is not a number"),
-        (HEADER + "a.jpg,0,1,2,\na.jpg,0,1,,\n", "line 3: y '' is not a number"),
-        (HEADER + "a.jpg,me,1,2,\n", "line 2: subject 'me'"),
-        (HEADER + "a.jpg,-2,1,2,\n", "subject '-2'"),
-        (HEADER + "a.jpg,1.5,1,2,\n", "subject '1.5'"),
-        (HEADER + f"a.jpg,{2**63},1,2,\n", "subject"),
+        (HEADER + "a.jpg,0,1,2,\na.jpg,0,1,?,\n", "line 3: y '?' is not a number"),
+        ("image;x;y\na.jpg;1;1.234,5\n", "line 2: y '1.234,5' is not a number"),
         (HEADER + "a.jpg,1,2\n", "line 2: 3 values under 5 columns"),
         (HEADER + "other.jpg,0,1,2,\n", "names none of the 3 stimuli (but 'other.jpg')"),
         (HEADER + 'a.jpg,0,"1,2,\n', "not a table"),
@@ -90,6 +89,64 @@ def test_csv_mistakes_cost_one_line(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         reading.read_csv(write(tmp_path / "f.csv", text), STIMULI)
     assert message in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "image,subject,x,y\na.jpg,s1,1.5,2\nb.png,s2,3,4\na.jpg,s1,5,6\n",
+        "Image;Subject;X;Y\r\na.jpg;s1;1,5;2\r\nb.png;s2;3;4\r\na.jpg;s1;5,0;6\r\n",
+        "IMAGE\tSUBJECT\tX\tY\na.jpg\ts1\t1.5\t2\nb.png\ts2\t3\t4\na.jpg\ts1\t5\t6\n",
+        'sep=;\n"image";"x";"y";"subject"\n"a.jpg";"1.5";"2";"s1"\n"b.png";"3";"4";"s2"\n"a.jpg";"5";"6";"s1"\n',
+        "\ufeff\nimage|x|y|note, if any|subject\na.jpg|1.5|2||10\nb.png|3|4||30\na.jpg|5|6||10\n",
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_tables_as_programs_write_them(tmp_path, text, encoding):
+    """Commas, semicolons, tabs, bars; any case; decimal commas; subjects of any name; a mark of the encoding."""
+    path = tmp_path / "f.csv"
+    path.write_bytes((text if encoding == "utf-8" else text.removeprefix("\ufeff")).encode(encoding))
+    found = reading.read_fixations(path, STIMULI)
+    assert (found.x.tolist(), found.y.tolist()) == ([1.5, 3, 5], [2, 4, 6])
+    assert found.image_index.tolist() == [0, 1, 0] and found.unknown == 0
+    assert found.subject.tolist() == ([10, 30, 10] if "|" in text else [0, 1, 0])
+
+
+def test_subjects_need_only_differ(tmp_path):
+    def subjects(*names):
+        lines = "".join(f"a.jpg,{name},1,2,\n" for name in names)
+        return reading.read_csv(write(tmp_path / "f.csv", HEADER + lines), STIMULI).subject.tolist()
+
+    assert subjects("3", "0", "-1", "") == [3, 0, -1, -1]
+    assert subjects("01", "1", "NA", "1") == [0, 1, -1, 1]
+    assert subjects("1.0", "2.0", "nan") == [0, 1, -1]
+    assert subjects("Ann", "s01", "Ann", str(2**70)) == [1, 2, 1, 0]
+    found = reading.read_csv(write(tmp_path / "f.csv", "image,x,y\na.jpg,1,2\n"), STIMULI)
+    assert found.subject.tolist() == [-1]
+
+
+def test_lost_samples(tmp_path):
+    lost = ["", "NA", "N/A", "NaN", "nan", "null", "None", ".", "-", "inf"]
+    lines = "".join(f"a.jpg,0,{x},2,\na.jpg,0,2,{x},\n" for x in lost)
+    found = reading.read_csv(write(tmp_path / "f.csv", HEADER + lines + "a.jpg,0,1,2,\n"), STIMULI)
+    assert (len(found), found.not_finite, found.outside) == (1, 2 * len(lost), 0)
+
+
+def test_names_that_meet_and_names_that_do_not(tmp_path):
+    """Forms of accents and of letters' case meet where one image is meant; extensions only where there are no two."""
+    stimuli = dict.fromkeys(
+        ["cafe\u0301.jpg", "1.jpg", "B.png", "b.PNG", "2.jpg", "2.png", "x.jpg.png", "x.jpg"], (9, 9)
+    )
+    meant = {
+        "caf\u00e9.jpg": 0, "CAF\u00c9.JPG": 0, "caf\u00e9": 0, "1.JPG": 1, "C:\\photos\\1.jpg": 1, "1": 1, "B.png": 2,
+        "b.PNG": 3, "b.png": None, "2": None, "2.jpg": 4, "2.PNG": 5, "2.gif": None, "x.jpg": 7, "x": 7, "X.JPG": 7,
+    }  # fmt: skip
+    assert {name: Names(list(stimuli)).find(name) for name in meant} == meant
+    assert Names(["1.jpg"], stems=False).find("1") is None
+    lines = "".join(f"{name},0,1,2,\n" for name in meant)
+    found = reading.read_csv(write(tmp_path / "f.csv", HEADER + lines), stimuli)
+    assert found.image_index.tolist() == [place for place in meant.values() if place is not None]
+    assert found.unknown == 3
 
 
 def test_csv_that_is_missing_binary_or_a_folder(tmp_path):

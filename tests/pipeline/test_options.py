@@ -327,6 +327,23 @@ def test_layers_without_a_grid_are_refused(layer: str, tiny_workspace: Path, cap
     assert (f"{layer} of tiny gives no grid" if layer == "fc6" else f"tiny has no tap '{layer}'") in err
 
 
+NO_WEIGHTS = {
+    "pointer.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
+    "page.safetensors": "\n<!DOCTYPE html><html>404</html>",
+    "empty.safetensors": "",
+}
+
+
+def test_an_image_behind_an_option_of_several_values(tiny_workspace: Path, capsys: pytest.CaptureFixture) -> None:
+    photo, vlm = str(tiny_workspace / "photo.png"), ["--vlm", str(tiny_workspace / "vlm.safetensors")]
+    code, err = outcome("saliency", [*vlm, photo], capsys)
+    assert code == 2 and "--vlm takes all that follows it: put IMAGE|FOLDER before it, or after --" in err
+    code, err = outcome("saliency", [*vlm, str(tiny_workspace / "photos")], capsys)
+    assert code == 2 and "is a folder: give a file; --vlm takes all that follows it" in err
+    more = ["--weights", "random", "--device", "cpu", "--out", str(tiny_workspace / "behind")]
+    assert outcome("saliency", [*more, *vlm, "--", photo], capsys)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("script", "values", "message"),
     [
@@ -334,6 +351,17 @@ def test_layers_without_a_grid_are_refused(layer: str, tiny_workspace: Path, cap
         ("extract_features", ["--pca-positions", "1000000000000"], "not an integer from 1 to"),
         ("saliency", ["--power", "1e30"], "beyond the range of numbers"),
         ("train_vlm", ["--layers", "conv1", "--out", "photos"], "'photos' is no file"),
+        ("saliency", ["--vlm", "vlm.safetensors", "photo.png"], "photo.png is a PNG image: give another file"),
+        ("saliency", ["--vlm", "pointer.safetensors"], "is a Git LFS pointer (git lfs pull fetches the file itself)"),
+        ("saliency", ["--vlm", "page.safetensors"], "is a web page (the download needs another address, or a login)"),
+        ("saliency", ["--vlm", "empty.safetensors"], "is an empty file: give another file"),
+        ("saliency", ["--weights", "pointer.safetensors"], "is a Git LFS pointer"),
+        ("saliency", ["--weights", "empty.safetensors"], "is an empty file"),
+        *(
+            ("reconstruct", ["--target", tap], f"no tap '{tap}'")
+            for tap in ("mixed4a", "features.12", "Conv1", "pool3")
+        ),
+        ("reconstruct", ["--target", "Conv1"], "(nearest: conv1"),
     ],
 )
 def test_what_is_said(
@@ -341,6 +369,8 @@ def test_what_is_said(
 ) -> None:
     shutil.copytree(tiny_workspace, tmp_path / "root")
     monkeypatch.chdir(tmp_path / "root")
+    for name, content in NO_WEIGHTS.items():
+        Path(name).write_text(content)
     code, err = outcome(script, [*base_command(script, tmp_path / "root"), *values], capsys)
     assert code == 2 and message in err
 
