@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from models.errors import UserError
-from pipeline import artefacts, options, program
+from pipeline import artefacts, options, ownership, program
 from pipeline.images import STORED_SIZE
 from pipeline.progress import Progress, SafePoints
 from pipeline.scaling import area_scale
@@ -69,6 +69,7 @@ def prepare(
     Raises:
         UserError: an unreadable file under `strict`, or nothing readable at all.
     """
+    ownership.foresee(out.parent, "rejected.csv")
     rows = sum(not getattr(entry, "problem", "") for entry in entries)
     size = rows * STORED_SIZE * STORED_SIZE * 3
     print(f"{len(entries)} images, {artefacts.format_bytes(size)} in {out}", flush=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.errors import UserError
-from pipeline import artefacts, networks, options, program
+from pipeline import artefacts, networks, options, ownership, program
 from pipeline.progress import Progress, SafePoints, Terminated
 
 if TYPE_CHECKING:
@@ -30,13 +30,14 @@ def reconstruct(
     task: "Task", source: "Source", out: Path, facts: artefacts.Facts, restarts: int, every: int, overwrite: bool
 ) -> None:
     """All restarts of one input, and what they leave in `out`; nothing where that is finished."""
-    from pipeline.reconstruction import Restart, finish, reuse, save
+    from pipeline.reconstruction import OUTPUTS, Restart, finish, reuse, save
     from pipeline.targets import read_source
 
     target, rgb, digest = read_source(source, task.backbone, task.objective.target)
     facts = {"input": source.name, "input_sha256": digest, **facts}
     if reuse(out, facts, overwrite):
         return
+    ownership.foresee(out, *OUTPUTS)
     loss, begun = task.loss(target), []
     try:
         for number in range(restarts):

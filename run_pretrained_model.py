@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.errors import UserError
-from pipeline import artefacts, networks, options, program
+from pipeline import artefacts, networks, options, ownership, program
 
 if TYPE_CHECKING:
     from pipeline.detector import Detector
@@ -133,6 +133,7 @@ def make_results(run: Run, started: float, dpi: int = 120) -> Path:
     from pipeline.report_parts import facts_of_run, write_guide
     from pipeline.results_page import GUIDE, draw_figure, results_report
 
+    ownership.foresee(run.out, "figure.png", PAGE, "README.txt")
     rgb = limit_side(read_rgb(run.image), run.max_side)
     name = output_name(run.image.stem)
     overlay, figure = run.saliency.with_name(f"{run.saliency.stem}-overlay.png"), run.out / "figure.png"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.errors import UserError
-from pipeline import artefacts, distributed, networks, options, program
+from pipeline import artefacts, distributed, networks, options, ownership, program
 from pipeline.overlap import overlapped
 from pipeline.progress import Progress
 
@@ -193,6 +193,8 @@ def main(argv: list[str] | None = None) -> int:
         of_readings = {name: detector.facts_of(name) for detector in detectors for name in detector.readings}
         suffixes = (*SUFFIXES, *(f"{UNNATURALNESS}-{name}" for name in of_readings))
         files, problems = list_images(args.inputs, suffixes)
+        outputs = [f"{name}{suffix}" for name in files for suffix in (".npy", ".png", "-overlay.png")]
+        distributed.first(lambda: ownership.foresee(out, *outputs))
         facts = {
             "stage": "saliency",
             "maps": list(of_readings),

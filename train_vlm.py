@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.errors import UserError
-from pipeline import artefacts, distributed, networks, options, program
+from pipeline import artefacts, distributed, networks, options, ownership, program
 from pipeline.progress import Progress, SafePoints
 
 if TYPE_CHECKING:
@@ -219,6 +219,8 @@ def main(argv: list[str] | None = None) -> None:
                 init=init,
             )
             run = Run(args.root, args.out, vlm.to(device), features, facts, args.from_iteration)
+            distributed.first(lambda: ownership.foresee(args.out.parent, args.out.name))
+            distributed.first(lambda: ownership.foresee(args.root, "log.csv"))
             run.resume(args.overwrite)
             layers = ", ".join(features.layers)
             watched = held if len(held) else training[:WATCHED]

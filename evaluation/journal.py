@@ -58,9 +58,10 @@ def is_shown(out: Path, facts: artefacts.Facts, overwrite: bool) -> bool:
     """Whether an evaluation of these facts is finished in `out`; then its tables are printed.
 
     Raises:
-        UserError: one of other facts is.
+        UserError: one of other facts is, or somebody's own files stand where the results would.
     """
     if not distributed.first(lambda: artefacts.reuse(out / "summary.json", facts, overwrite)):
+        distributed.first(lambda: ownership.foresee(out, "scores.csv", "table.md", "summary.json"))
         return False
     artefacts.discard(out / JOURNAL)
     print((out / "table.md").read_text(encoding="utf-8"))

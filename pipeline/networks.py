@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from models.errors import UserError
 from pipeline import distributed, ownership
+from pipeline.paths import user_path
 from pipeline.progress import Progress
 
 if TYPE_CHECKING:
@@ -49,11 +50,12 @@ def load_backbone(
     """
     from models.weights.find import load_backbone
 
-    ownership.reading(Path(args.weights))
+    weights = choice.weights if choice.weights in ("auto", "random") else str(user_path(choice.weights))
+    ownership.reading(Path(weights))
     with Progress(None, "weights", "B") as progress:
         backbone, weights = load_backbone(
             name,
-            choice.weights,
+            weights,
             layers=layers,
             mean_image=choice.mean_image or "auto",
             cache=choice.cache,

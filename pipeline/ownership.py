@@ -30,6 +30,8 @@ EARLIER = (  # pictures of results of earlier versions, and what stands beside t
     (r"figure\.png", r"report\.html"),
 )
 
+FACTS = {"stage", "weights_sha256"}  # of which every sidecar states one
+
 _inputs: dict[tuple[int, int], Path] = {}  # device and file number: links, hard ones too, are the same file
 _ledgers: dict[Path, set[str]] = {}
 _one_at_a_time = threading.RLock()
@@ -67,11 +69,20 @@ def check(path: Path, note: bool = True) -> None:
             names.update(_read(folder / LEDGER))  # another rank may have written it meanwhile
             if path.name in names or base in names:
                 return
+            if _is_claimed(folder / base):
+                _note(folder, [base])  # somebody put a finished artefact here, with its sidecar
+                return
             raise UserError(
                 f"{path} was not written by this program, and would be replaced: move it away, or write elsewhere"
             )
         if note:
             _note(folder, [path.name])
+
+
+def foresee(folder: Path, *names: str) -> None:
+    """Refuse at once what `check` would refuse once these files of a folder are written, after all the work."""
+    for name in names:
+        check(folder / name, note=False)
 
 
 def check_lock(path: Path) -> None:
@@ -169,10 +180,17 @@ def _has_marks(folder: Path) -> bool:
                 return True
             if path.name.startswith(".") and path.name.endswith(".lock") and LOCK.match(path.read_bytes()[:20]):
                 return True
-            if path.suffix == ".json" and path.with_suffix("").is_file():
-                facts = json.loads(path.read_bytes())
-                if isinstance(facts, dict) and facts.keys() & {"stage", "versions", "weights_sha256", "seed"}:
-                    return True
+            if path.suffix == ".json" and _is_claimed(path.with_suffix("")):
+                return True
+    return False
+
+
+def _is_claimed(path: Path) -> bool:
+    """Whether an artefact stands beside a sidecar of ours."""
+    with suppress(OSError, ValueError, RecursionError):
+        if path.is_file():
+            facts = json.loads(path.with_name(f"{path.name}.json").read_bytes())
+            return isinstance(facts, dict) and bool(facts.keys() & FACTS)
     return False
 
 

@@ -27,6 +27,9 @@ from models.vlm import VisualLanguageModel
 from pipeline import artefacts, figures, images, ownership, program
 from pipeline.targets import Statistics
 
+OUTPUTS = tuple(
+    "reconstruction.png reconstruction.npy image.png comparison.png curves.csv curves.png parameters.json".split()
+)
 SETTING_OPTIONS = {"exponent": "--frequency-exponent", "decorrelate": "--decorrelate"}
 
 

@@ -182,6 +182,36 @@ def test_files_of_earlier_versions_may_be_written_again(tmp_path: Path) -> None:
         artefacts.write_text(tmp_path / "photo.png", "new")
 
 
+def test_a_finished_artefact_that_was_copied_here_may_be_written_again(tmp_path: Path) -> None:
+    ownership.forget()
+    artefacts.write_text(tmp_path / "first.txt", "here is a ledger")
+    for name, facts in (("vlm.safetensors", '{"weights_sha256": "0"}'), ("picture.npy", '{"seed": 3, "prompt": "a"}')):
+        (tmp_path / name).write_text("copied")
+        (tmp_path / f"{name}.json").write_text(facts)
+    artefacts.write_text(tmp_path / "vlm.safetensors", "new")
+    artefacts.write_text(tmp_path / "vlm.safetensors.json", "new")
+    for name in ("picture.npy", "picture.npy.json"):
+        with pytest.raises(UserError, match="was not written by this program"):
+            artefacts.write_text(tmp_path / name, "new")
+
+
+@pytest.mark.parametrize(
+    ("script", "name"), [("saliency", "first.png"), ("reconstruct", "image.png"), ("evaluate fixations", "table.md")]
+)
+def test_what_would_be_refused_is_refused_before_the_work(
+    script: str, name: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    place(root, [("b", name, "own")])
+    shutil.copy(request.getfixturevalue("tiny_workspace") / "vlm.safetensors", root)
+    there = sorted(path for path in root.rglob("*") if path.name != ".cnn-vlm")
+    source = root / ("a" if script.startswith("evaluate") else "a/first.png")
+    module, *command = script.split()
+    with pytest.raises(UserError, match="was not written by this program"):
+        importlib.import_module(module).main([*command, *commands(script, root, source, root / "b")])
+    assert sorted(p for p in root.rglob("*") if not p.name.startswith(".")) == [p for p in there if p.name[0] != "."]
+
+
 def test_unfinished_results_of_earlier_versions_can_be_finished(tmp_path: Path) -> None:
     """A picture is one of a result where something beside it says so; another stays somebody's own."""
     left = {
