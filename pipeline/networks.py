@@ -50,12 +50,12 @@ def load_backbone(
     """
     from models.weights.find import load_backbone
 
-    weights = choice.weights if choice.weights in ("auto", "random") else str(user_path(choice.weights))
-    ownership.reading(Path(weights))
+    file = choice.weights if choice.weights in ("auto", "random") else str(user_path(choice.weights))
+    ownership.reading(Path(file))
     with Progress(None, "weights", "B") as progress:
         backbone, weights = load_backbone(
             name,
-            weights,
+            file,
             layers=layers,
             mean_image=choice.mean_image or "auto",
             cache=choice.cache,
