@@ -31,7 +31,7 @@ from models.backbones import ARCHITECTURES, random_parameters
 from models.checkpoints import load_vlm
 from models.errors import UserError
 from models.weights import find
-from pipeline import artefacts, figures, options, program
+from pipeline import artefacts, figures, options, program, targets
 from pipeline.presets import PRESETS, Setting
 from pipeline.progress import Progress
 from tests.conftest import make_photo
@@ -82,6 +82,7 @@ def tiny_workspace(tiny: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
         patch.setattr(classifier, "find_weights", lambda: None)
         patch.setattr(picture_metrics, "ssim", lambda *_: 0.5)  # its window is larger than these pictures
         patch.setattr(figures, "save_figure", lambda *_: None)
+        patch.setattr(targets, "ENERGY_VIEWS", 4)
         reconstruct.main(base_command("reconstruct", root))
         (root / "maps").mkdir()
         for photo in (root / "photos").iterdir():
