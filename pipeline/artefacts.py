@@ -221,7 +221,7 @@ def write_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", configurati
 def discard(path: Path) -> None:
     """Remove a state file, its temporary one, and those that other ranks left, `path`-<rank>of<size>."""
     for file in path.parent.glob(f"{glob.escape(path.name)}*"):
-        if ownership.COMPANIONS.sub("", file.name) == ownership.COMPANIONS.sub("", path.name):
+        if ownership.is_companion(file.name, path.name):
             ownership.remove(file)
 
 

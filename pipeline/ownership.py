@@ -11,6 +11,7 @@ import mimetypes
 import os
 import re
 import threading
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from pipeline.paths import real
 
 LEDGER = ".cnn-vlm"
 # Behind the name of an artefact: its sidecar, what is half-written, and the parts of several ranks.
-COMPANIONS = re.compile(r"(\.json|\.partial|\.progress|-\d+of\d+)+$")
+COMPANION = re.compile(r"(\.json|\.partial|\.progress|-\d+of\d+)$")
 
 LOCK = re.compile(rb"$|process \d|\d+\s")  # empty, or who holds it
 
@@ -62,15 +63,14 @@ def check(path: Path, note: bool = True) -> None:
         _refuse_inputs(path)
         folder = real(path.parent)
         names = _ledger(folder)
-        base = COMPANIONS.sub("", path.name)
-        if path.name in names or base in names:
+        if is_written(path.name, names):
             return
         if os.path.lexists(folder / path.name):
             names.update(_read(folder / LEDGER))  # another rank may have written it meanwhile
-            if path.name in names or base in names:
+            if is_written(path.name, names):
                 return
-            if _is_claimed(folder / base):
-                _note(folder, [base])  # somebody put a finished artefact here, with its sidecar
+            if claimed := [name for name in _owners(path.name) if _is_claimed(folder / name)]:
+                _note(folder, claimed)  # somebody put a finished artefact here, with its sidecar
                 return
             raise UserError(
                 f"{path} was not written by this program, and would be replaced: move it away, or write elsewhere"
@@ -110,9 +110,22 @@ def written(folder: Path) -> frozenset[str]:
         return frozenset(_read(real(folder) / LEDGER))
 
 
-def is_written(name: str, names: frozenset[str]) -> bool:
+def is_written(name: str, names: Collection[str]) -> bool:
     """Whether a file of this name is among `written`, or a companion of one."""
-    return name in names or COMPANIONS.sub("", name) in names
+    return any(owner in names for owner in _owners(name))
+
+
+def is_companion(name: str, of: str) -> bool:
+    """Whether two files are the same, or companions of one artefact."""
+    return not {*_owners(name)}.isdisjoint(_owners(of))
+
+
+def _owners(name: str) -> list[str]:
+    """A name and those whose companion it may be: x.json.partial, x.json, x."""
+    owners = [name]
+    while (shorter := COMPANION.sub("", owners[-1])) != owners[-1]:
+        owners.append(shorter)
+    return owners
 
 
 def _refuse_inputs(path: Path) -> None:

@@ -157,6 +157,10 @@ def test_what_is_ours_may_be_written_again(tmp_path: Path) -> None:
     artefacts.write_text(tmp_path / "b.txt", "one")
     ownership.forget()
     artefacts.write_text(tmp_path / "b.txt", "two")
+    artefacts.write_json(tmp_path / "parameters.json", {})
+    (tmp_path / "parameters.json.partial").write_text("cut off by a kill")
+    ownership.forget()
+    artefacts.write_json(tmp_path / "parameters.json", {})
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match=r"mine.txt was not written by this program.*move it away, or write elsewhere"):
         artefacts.write_text(tmp_path / "mine.txt", "x")
