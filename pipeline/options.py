@@ -43,10 +43,10 @@ class Parser(argparse.ArgumentParser):
             self.error(f"--range {given[0]:g} {given[1]:g}: black must be the smaller number")
         return args
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple:
+    def parse_known_args(self, given: Sequence[str] | None = None, namespace: Any = None) -> tuple:
         """As usual; `error` knows what was given."""
-        self._given = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(args, namespace)
+        self._given = list(sys.argv[1:] if given is None else given)
+        return super().parse_known_args(given, namespace)
 
     def _swallowed(self, message: str) -> str:
         """A hint where an option of several values may have taken the argument that stood behind it."""
