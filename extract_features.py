@@ -144,31 +144,30 @@ def get_parser() -> options.Parser:
     """Options; those without a default here take the preset's."""
     parser = options.stage_parser(__doc__)
     options.add_weights_options(parser)
-    parser.add_argument("--images", type=options.readable_file, help="images of stage 1 (default: ROOT/images.npy)")
-    parser.add_argument("--out", type=options.writable_folder, help="folder to write to (default: ROOT/features)")
-    parser.add_argument("--backbone", help="CNN: of this project, or any classification network of torchvision")
-    parser.add_argument("--list-layers", action="store_true", help="print the backbone's taps and end")
-    parser.add_argument("--layers", nargs="+", metavar="LAYER", help="taps to model")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--images", type=options.readable_file, help="images of stage 1 (default: ROOT/images.npy)")
+    add("--out", type=options.writable_folder, help="folder to write to (default: ROOT/features)")
+    add("--backbone", help="CNN: of this project, or any classification network of torchvision")
+    add("--list-layers", action="store_true", help="print the backbone's taps and end")
+    add("--layers", nargs="+", metavar="LAYER", help="taps to model")
+    add(
         "--statistics",
         nargs="*",
         metavar="TAP",
         help="further taps whose mean and std are measured, as targets of reconstruction "
         "(default: those behind the deepest layer that the weights reach)",
     )
-    parser.add_argument("--dtype", choices=("float32", "float16"), help="of the features; float16 halves the files")
-    parser.add_argument("--batch-size", type=options.positive, help="images per forward pass")
-    parser.add_argument("--limit", type=options.positive, help="use the first images only")
-    parser.add_argument(
+    add("--dtype", choices=("float32", "float16"), help="of the features; float16 halves the files")
+    add("--batch-size", type=options.positive, help="images per forward pass")
+    add("--limit", type=options.positive, help="use the first images only")
+    add(
         "--held-out",
         type=options.count_or_file,
         metavar="COUNT|FILE",
         help="images that are kept from statistics, PCA and training, to measure by: how many, or a text file of "
         "their names",
     )
-    parser.add_argument(
-        "--pca-positions", type=options.positive, help="positions that PCA is fitted on, spread over all images"
-    )
+    add("--pca-positions", type=options.positive, help="positions that PCA is fitted on, spread over all images")
     add_view_options(parser)
     return parser
 

@@ -50,16 +50,13 @@ PICTURED = 8  # images in the pictures
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The command's options, but for those that every command has."""
-    parser.add_argument("folder", nargs="?", type=options.folder, help="images of any size, instead of --images")
-    parser.add_argument(
-        "--images", type=options.readable_file, help="images.npy of stage 1: those that every layer held out are taken"
-    )
-    parser.add_argument("--limit", type=options.positive, help="take so many images (default: all)")
-    parser.add_argument(
-        "--vlm", type=options.readable_file, nargs="+", help="checkpoints (default: those in models/pretrained)"
-    )
-    parser.add_argument("--layer", nargs="+", help="layers (default: all that the checkpoints have)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("folder", nargs="?", type=options.folder, help="images of any size, instead of --images")
+    add("--images", type=options.readable_file, help="images.npy of stage 1: those that every layer held out are taken")
+    add("--limit", type=options.positive, help="take so many images (default: all)")
+    add("--vlm", type=options.readable_file, nargs="+", help="checkpoints (default: those in models/pretrained)")
+    add("--layer", nargs="+", help="layers (default: all that the checkpoints have)")
+    add(
         "--spoilings",
         nargs="+",
         choices=tuple(SPOILINGS),
@@ -67,12 +64,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"copies to make (default: all: {', '.join(SPOILINGS)})",
     )
-    parser.add_argument(
-        "--reconstructions", type=options.folder, nargs="+", default=[], help="folders of results of reconstruct.py"
-    )
+    add("--reconstructions", type=options.folder, nargs="+", default=[], help="folders of results of reconstruct.py")
     options.add_weights_options(parser)
     options.add_image_options(parser)
-    parser.add_argument(
+    add(
         "--out", type=options.writable_folder, default=Path("out/naturalness"), help="folder (default: out/naturalness)"
     )
 

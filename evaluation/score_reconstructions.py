@@ -82,9 +82,10 @@ Models = dict[str, dict[str, Result]]  # by model and image
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The command's options, but for those that every command has."""
-    parser.add_argument("folders", nargs="+", type=options.folder, metavar="FOLDER", help="results of reconstruct.py")
-    parser.add_argument("--grid", type=options.natural, default=8, help="images in pictures.png (default: 8)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("folders", nargs="+", type=options.folder, metavar="FOLDER", help="results of reconstruct.py")
+    add("--grid", type=options.natural, default=8, help="images in pictures.png (default: 8)")
+    add(
         "--out",
         type=options.writable_folder,
         default=Path("out/reconstruction-scores"),

@@ -347,7 +347,7 @@ def release(array: np.ndarray) -> None:
         array.base.madvise(mmap.MADV_DONTNEED)
 
 
-def map_array(path: Path, mode: str = "r") -> np.ndarray:
+def map_array(path: Path) -> np.ndarray:
     """The array of a `.npy` file, memory-mapped; objects are never unpickled, archives never opened.
 
     Raises:
@@ -356,7 +356,7 @@ def map_array(path: Path, mode: str = "r") -> np.ndarray:
     try:
         with np.errstate(all="ignore"), warnings.catch_warnings():  # of nonsense in the header
             warnings.simplefilter("ignore")
-            return np.lib.format.open_memmap(path, mode=mode)
+            return np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
         if error.errno in (None, errno.ENOENT):
             raise ValueError(str(error)) from None

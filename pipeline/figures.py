@@ -118,11 +118,11 @@ def _row_height(row: dict[str, np.ndarray], width: float) -> float:
     return width * max(picture.shape[0] / picture.shape[1] for picture in row.values()) + titles + GAP
 
 
-def overlay(rgb: np.ndarray, saliency: np.ndarray, strength: float = 0.6) -> np.ndarray:
+def overlay(rgb: np.ndarray, saliency: np.ndarray) -> np.ndarray:
     """Heat map of a saliency map (H, W) in 0…1 over the greyed photo (H, W, 3) uint8: (H, W, 3) uint8."""
     grey = rgb.astype(np.float64).mean(axis=2, keepdims=True).repeat(3, axis=2)  # (H, W, 3)
     heat = colormap(HEAT)(saliency)[:, :, :3] * 255
-    opacity = strength * (0.35 + 0.65 * saliency[:, :, None])
+    opacity = 0.6 * (0.35 + 0.65 * saliency[:, :, None])
     return (grey * (1 - opacity) + heat * opacity + 0.5).clip(0, 255).astype(np.uint8)
 
 
