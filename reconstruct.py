@@ -103,28 +103,21 @@ def get_parser() -> options.Parser:
     parser = options.stage_parser(__doc__)
     options.add_weights_options(parser)
     options.add_image_options(parser)
-    parser.add_argument(
-        "inputs", nargs="*", metavar="IMAGE|FOLDER|FEATURE.npy", help="images to reconstruct, or stored features"
-    )
-    parser.add_argument(
-        "--images", type=options.readable_file, help="images of stage 1 for --rows (default: ROOT/images.npy)"
-    )
-    parser.add_argument("--rows", type=options.natural, nargs="+", metavar="ROW", help="reconstruct these of --images")
-    parser.add_argument("--held-out", action="store_true", help="reconstruct the rows that training held out")
-    parser.add_argument(
-        "--vlm", type=options.readable_file, help="checkpoint, also for the statistics (default: ROOT/vlm.safetensors)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("inputs", nargs="*", metavar="IMAGE|FOLDER|FEATURE.npy", help="images to reconstruct, or stored features")
+    add("--images", type=options.readable_file, help="images of stage 1 for --rows (default: ROOT/images.npy)")
+    add("--rows", type=options.natural, nargs="+", metavar="ROW", help="reconstruct these of --images")
+    add("--held-out", action="store_true", help="reconstruct the rows that training held out")
+    add("--vlm", type=options.readable_file, help="checkpoint, also for the statistics (default: ROOT/vlm.safetensors)")
+    add(
         "--statistics",
         type=options.readable_file,
         help="of stage 2: σ of taps that the checkpoint lacks (default: of sample photos)",
     )
-    parser.add_argument("--target", metavar="TAP", help="feature to invert")
-    parser.add_argument(
-        "--restarts", type=options.positive, default=1, help="descents from other noise; the best is kept"
-    )
-    parser.add_argument("--snapshot-every", type=options.positive, default=100, help="updates between snapshots")
-    parser.add_argument(
+    add("--target", metavar="TAP", help="feature to invert")
+    add("--restarts", type=options.positive, default=1, help="descents from other noise; the best is kept")
+    add("--snapshot-every", type=options.positive, default=100, help="updates between snapshots")
+    add(
         "--out",
         type=options.writable_folder,
         help="folder, of several inputs one for each (default: below ROOT/reconstructions)",
@@ -137,53 +130,51 @@ def get_parser() -> options.Parser:
 def add_objective_options(parser: options.Parser) -> None:
     """Options that say which image is best."""
     weight = options.non_negative_number
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--regularizer",
         type=options.entry_of("models.objective", "REGULARIZERS"),
         metavar="none|l2|tv|vlm|vlm+tv",
         help="vlm is the paper's, none its control",
     )
-    parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers that regularise (default: all weighted)")
-    parser.add_argument("--layer-weights", nargs="+", type=weight, help="λ of --layers, in order")
-    parser.add_argument("--feature-weight", type=weight, help="λ₁")
-    parser.add_argument("--vlm-weight", type=weight, help="λ₂")
-    parser.add_argument("--energy-weight", type=weight, help="of features' energy, against paleness")
-    parser.add_argument("--l2-weight", type=weight, help="λ of the norm in l2")
-    parser.add_argument("--tv-weight", type=weight, help="λ of total variation in tv and vlm+tv (tv: by depth)")
+    add("--layers", nargs="+", metavar="LAYER", help="layers that regularise (default: all weighted)")
+    add("--layer-weights", nargs="+", type=weight, help="λ of --layers, in order")
+    add("--feature-weight", type=weight, help="λ₁")
+    add("--vlm-weight", type=weight, help="λ₂")
+    add("--energy-weight", type=weight, help="of features' energy, against paleness")
+    add("--l2-weight", type=weight, help="λ of the norm in l2")
+    add("--tv-weight", type=weight, help="λ of total variation in tv and vlm+tv (tv: by depth)")
 
 
 def add_descent_options(parser: options.Parser) -> None:
     """Options that say how it is looked for."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--descent",
         type=options.entry_of("models.descent", "DESCENTS"),
         metavar="authors|fourier",
         help="authors: each regulariser's own, on pixels; fourier: one for all, on Fourier coefficients",
     )
-    parser.add_argument("--iterations", type=options.positive, help="updates of each restart")
-    parser.add_argument("--learning-rate", type=options.positive_number, help="of what is varied")
-    parser.add_argument(
+    add("--iterations", type=options.positive, help="updates of each restart")
+    add("--learning-rate", type=options.positive_number, help="of what is varied")
+    add(
         "--decay-at",
         type=options.natural,
         nargs="*",
         metavar="ITERATION",
         help="a tenth of the rate, and no momentum, after these, from 0 on",
     )
-    parser.add_argument("--momentum", type=options.fraction, help="of the optimiser")
-    parser.add_argument(
-        "--start-noise",
-        type=options.non_negative_number,
-        help="strength of the start's noise, times that of the data",
-    )
-    parser.add_argument(
+    add("--momentum", type=options.fraction, help="of the optimiser")
+    add("--start-noise", type=options.non_negative_number, help="strength of the start's noise, times that of the data")
+    add(
         "--frequency-exponent",
         type=options.non_negative_number,
         help="fourier: scale by frequency to minus this (default: 1; 0: all alike)",
     )
-    parser.add_argument(
+    add(
         "--decorrelate", action=argparse.BooleanOptionalAction, help="fourier: vary decorrelated colours (default: yes)"
     )
-    parser.add_argument(
+    add(
         "--in-turn",
         action=argparse.BooleanOptionalAction,
         help="an update looks along one direction of each language model, in turn, not along all",
