@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline import artefacts, distributed, networks, options, program
+from models.weights.downloads import file_hash
+from pipeline import artefacts, distributed, locks, networks, options, program
 from pipeline.progress import Progress, SafePoints
 from pipeline.views import Views, add_view_options, network_batches
 
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     views = Views.checked(args.views, args.random_crop, args.flip, args.seed)
     device = networks.prepare_device(args.device)
     folder = args.out or args.root / "features"
-    with distributed.group(device), artefacts.claim(folder):
+    with distributed.group(device), locks.claim(folder):
         from pipeline.features import STATE, FeatureFiles, check_room, clear, feature_facts, unfinished
         from pipeline.images import open_stored
         from pipeline.splits import split_for_statistics
@@ -231,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         distributed.first(lambda: artefacts.discard(folder / STATE))
         projections = distributed.first(lambda: read_projections(path, layers))
-        facts |= {"projection_sha256": distributed.first(lambda: artefacts.file_sha256(path)), "dtype": args.dtype}
+        facts |= {"projection_sha256": distributed.first(lambda: file_hash(path)), "dtype": args.dtype}
         wanted = {n: feature_facts(len(images), backbone, n, p.size, views, facts) for n, p in projections.items()}
         missing = distributed.first(lambda: unfinished(folder, wanted))
         if not missing:

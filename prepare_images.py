@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from models.errors import UserError
-from pipeline import artefacts, options, ownership, program
+from pipeline import array_files, artefacts, locks, options, ownership, program
 from pipeline.images import STORED_SIZE
 from pipeline.progress import Progress, SafePoints
 from pipeline.scaling import area_scale
@@ -75,7 +75,7 @@ def prepare(
     print(f"{len(entries)} images, {artefacts.format_bytes(size)} in {out}", flush=True)
     if not rows:
         raise nothing_readable(out, entries, {i: str(load_square(entry)) for i, entry in enumerate(entries)})
-    writer = artefacts.ArrayWriter(out, (rows, STORED_SIZE, STORED_SIZE, 3), "uint8", facts)
+    writer = array_files.ArrayWriter(out, (rows, STORED_SIZE, STORED_SIZE, 3), "uint8", facts)
     rejected = noted_rejections(writer, len(entries))
     first = marked = writer.done + len(rejected)
     with Progress(len(entries), "preparing", "images", first) as progress, SafePoints() as signals:
@@ -97,7 +97,7 @@ def prepare(
     write_rejected(out, entries, rejected)
     writer.finish(
         rows=writer.done,
-        content_sha256=artefacts.hash_rows(writer.array[: writer.done]),
+        content_sha256=array_files.hash_rows(writer.array[: writer.done]),
         rejected=len(rejected),
         versions=program.versions(),
         names=[entry.name for index, entry in enumerate(entries) if index not in rejected],
@@ -105,7 +105,7 @@ def prepare(
     return rejected
 
 
-def noted_rejections(writer: artefacts.ArrayWriter, count: int) -> dict[int, str]:
+def noted_rejections(writer: array_files.ArrayWriter, count: int) -> dict[int, str]:
     """Reasons by index that an earlier run noted; a note that cannot be of `count` entries is one of nothing done."""
     noted = writer.state.get("rejected", {})
     reasons = {int(i): str(reason) for i, reason in noted.items() if i.isdecimal()} if isinstance(noted, dict) else {}
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         "seed": args.seed,
         **options.image_facts(),
     }
-    with artefacts.claim(out):
+    with locks.claim(out):
         if artefacts.reuse(out, facts, args.overwrite):
             print(f"{out} is finished: nothing to do")
             return

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.errors import UserError
-from pipeline import artefacts, networks, options, ownership, program
+from models.weights.downloads import file_hash
+from pipeline import artefacts, locks, networks, options, ownership, program
 from pipeline.progress import Progress, SafePoints, Terminated
 
 if TYPE_CHECKING:
@@ -230,17 +231,14 @@ def main(argv: list[str] | None = None) -> int:
     task = reconstruction.Task(
         backbone, vlm, statistics, energies, objective, args.descent, descent, schedule, args.seed
     )
-    facts = task.facts(weights.sha256, artefacts.file_sha256(checkpoint)) | {
-        "restarts": args.restarts,
-        "measured": measured,
-        **options.image_facts(),
-    }
+    facts = task.facts(weights.sha256, file_hash(checkpoint))
+    facts |= {"restarts": args.restarts, "measured": measured, **options.image_facts()}
     single = len(args.inputs) == 1 and not (args.rows or args.held_out or Path(args.inputs[0]).is_dir())
     kind = f"{args.target}-{args.regularizer}-{args.descent}"
 
     def work(source: "Source") -> None:
         out = output_folder(args.out, args.root, source, single, kind)
-        with artefacts.claim(out):
+        with locks.claim(out):
             reconstruct(task, source, out, facts, args.restarts, args.snapshot_every, args.overwrite)
 
     return for_each(sources, problems, work)

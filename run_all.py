@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from models.errors import UserError
-from pipeline import artefacts, options, program
+from pipeline import artefacts, options, parsers, program
 from pipeline.presets import PRESETS
 
 STAGES = ("prepare_images", "extract_features", "train_vlm", "reconstruct", "saliency")
@@ -114,7 +114,7 @@ def print_plan(
         for argv, stage_args in parsed:
             print(f"  $ python {stage}.py {shlex.join(argv)}")
             for name, (value, source) in plan.values_used(stage, preset, vars(stage_args), layers).items():
-                print(f"    {name:<22} {options.show(value) or 'none':<28} {source}")
+                print(f"    {name:<22} {parsers.show(value) or 'none':<28} {source}")
         for rule in plan.rules(architecture, first[stage].target) if stage == "reconstruct" else []:
             print(f"    {rule.value} ({rule.source})")
         cost, sharing = costs[stage], 1 if stage in NOT_SHARED else processes

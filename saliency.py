@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.errors import UserError
-from pipeline import artefacts, distributed, networks, options, ownership, program
+from models.weights.downloads import file_hash
+from pipeline import array_files, artefacts, distributed, locks, networks, options, ownership, program
 from pipeline.overlap import overlapped
 from pipeline.progress import Progress
 
@@ -58,7 +59,7 @@ def make_maps(
     def read(name: str) -> np.ndarray | None:
         """The image (H, W, 3), or None where its maps stand."""
         check_file(images[name])
-        described[name] = {**facts, "input_sha256": artefacts.file_sha256(images[name])}
+        described[name] = {**facts, "input_sha256": file_hash(images[name])}
         if artefacts.reuse(out / f"{name}.npy", described[name], overwrite):
             return None
         rgb = limit_side(read_rgb(images[name]), max_side)
@@ -105,11 +106,11 @@ def write_maps(
 
     unit = saliency / 255 if saliency.dtype == np.uint8 else saliency
     for view, raw in raws.items():
-        artefacts.write_array(out / f"{name}{UNNATURALNESS}{'' if len(raws) == 1 else '-' + view}.npy", raw)
+        array_files.write_array(out / f"{name}{UNNATURALNESS}{'' if len(raws) == 1 else '-' + view}.npy", raw)
     write_png(out / f"{name}.png", (unit * 255).astype(np.uint8))
     write_png(out / f"{name}-overlay.png", overlay(rgb, unit))
     stored = saliency if saliency.dtype == np.uint8 else saliency.astype(np.float32)
-    artefacts.write_array(out / f"{name}.npy", stored)
+    array_files.write_array(out / f"{name}.npy", stored)
     described = {"shape": list(stored.shape), "dtype": str(stored.dtype), **facts, "versions": program.versions()}
     artefacts.write_json(artefacts.sidecar_path(out / f"{name}.npy"), described)
 
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     args = options.parse_args(get_parser(), argv, "saliency")
     device = networks.prepare_device(args.device)
     out = args.out or args.root / "saliency"
-    with distributed.group(device), artefacts.claim(out):
+    with distributed.group(device), locks.claim(out):
         from pipeline.detector import each, postprocess_each
         from pipeline.images import list_images
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.errors import UserError
-from pipeline import artefacts, distributed, networks, options, ownership, program
+from pipeline import distributed, locks, networks, options, ownership, program
 from pipeline.progress import Progress, SafePoints
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.merge or args.export:
         program.announce(args)
         if args.merge:
-            with artefacts.claim(args.out):
+            with locks.claim(args.out):
                 language_models.merge_files(args.merge, args.out, args.root, args.overwrite)
         else:
             language_models.export(args.out, args.export)
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     device = networks.prepare_device(args.device)
     with distributed.group(device):
         features = open_features(args.features or args.root / "features", args.layers)
-        with artefacts.claim(*(args.root / "train_state" / layer for layer in features.layers)):
+        with locks.claim(*(args.root / "train_state" / layer for layer in features.layers)):
             rate = args.learning_rate or share_of_rate(args.joint_learning_rate, len(features.layers))
             decays = default_decays(args.iterations) if args.decay_at is None else sorted(args.decay_at)
             args = options.replace(args, learning_rate=rate, decay_at=tuple(decays))

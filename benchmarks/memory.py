@@ -16,7 +16,8 @@ import train_vlm
 from benchmarks.timing import SEED, Figure, Report, Setup, ratio, seconds
 from benchmarks.updates import make_models, optimizer_of
 from models import training
-from pipeline import artefacts
+from models.weights.downloads import file_hash
+from pipeline import array_files, artefacts
 from pipeline.features import open_features, read_batch
 
 ROOT = Path(__file__).parent.parent
@@ -35,8 +36,8 @@ def write_features(folder: Path, count: int, height: int, width: int, size: int)
     facts |= {"names": [str(i) for i in range(count)], "held_out": []}
     artefacts.write_tensors(path, tensors, facts)
     artefacts.write_json(artefacts.sidecar_path(path), facts)
-    noted = {"projection_sha256": artefacts.file_sha256(path)}
-    writer = artefacts.ArrayWriter(folder / f"{LAYER}.npy", (count, height, width, size), "float32", noted)
+    noted = {"projection_sha256": file_hash(path)}
+    writer = array_files.ArrayWriter(folder / f"{LAYER}.npy", (count, height, width, size), "float32", noted)
     for row in range(count):
         writer.put(row, generator.standard_normal((1, height, width, size), dtype=np.float32))
     writer.finish()

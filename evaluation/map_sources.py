@@ -16,7 +16,8 @@ import numpy as np
 from evaluation.baselines import BASELINES
 from evaluation.journal import text_sha256
 from models.errors import UserError
-from pipeline import artefacts, networks, ownership
+from models.weights.downloads import file_hash
+from pipeline import array_files, artefacts, networks, ownership
 from pipeline.decoding import open_image
 from pipeline.images import output_name
 from pipeline.names import Names
@@ -89,7 +90,7 @@ class Folder:
                 + ": save every map at its image's own size, for nothing is resized here"
             )
         self.rows = {name: Row("model", f"maps of the folder {folder}")}
-        self.facts = {"folder": name, "maps": {f.name: artefacts.file_sha256(f) for f in self.files.values()}}
+        self.facts = {"folder": name, "maps": {f.name: file_hash(f) for f in self.files.values()}}
 
     def _size(self, image: Path) -> str:
         height, width = self._read(image).shape
@@ -98,7 +99,7 @@ class Folder:
     def _read(self, image: Path) -> np.ndarray:
         path = self.files[image]
         try:
-            values = artefacts.map_array(path) if path.suffix == ".npy" else _read_grey(path)
+            values = array_files.map_array(path) if path.suffix == ".npy" else _read_grey(path)
         except UserError:
             raise
         except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
@@ -178,12 +179,12 @@ class Models:
 
     def raw_maps(self, path: Path, rgb: np.ndarray) -> Maps:
         """Unnaturalness map (h-1, w-1) float64 of every row, from the cache where it is there."""
-        digest = artefacts.file_sha256(path)
+        digest = file_hash(path)
         files = {name: self._cache_file(name, path, digest) for name in self.rows}
         found = {} if self.fresh else {name: kept for name, f in files.items() if (kept := _load(f)) is not None}
         if missing := [name for name in self.rows if name not in found]:
             for name, raw in self.detector.unnaturalness(rgb, missing).items():
-                artefacts.write_array(files[name], raw)
+                array_files.write_array(files[name], raw)
                 found[name] = raw
         return {name: found[name] for name in self.rows}
 
@@ -225,7 +226,7 @@ class Added:
 
 def _load(path: Path) -> np.ndarray | None:
     try:
-        return np.array(artefacts.map_array(path))
+        return np.array(array_files.map_array(path))
     except ValueError:
         return None
 

@@ -13,7 +13,8 @@ from evaluation.spoiling import Copy
 from models.backbones import central_part
 from models.errors import UserError
 from models.randomness import seed_for
-from pipeline import artefacts
+from models.weights.downloads import file_hash
+from pipeline import array_files
 from pipeline.images import STORED_SIZE, check_file, list_images, open_stored, read_rgb
 from pipeline.scaling import area_scale
 from pipeline.splits import rows_of
@@ -42,7 +43,7 @@ def stored_pictures(path: Path, names: Sequence[str]) -> list[Picture]:
     images, facts = open_stored(path)
 
     def picture(row: int) -> Picture:
-        return Picture(facts["names"][row], artefacts.hash_rows(images[row]), lambda: np.array(images[row]))
+        return Picture(facts["names"][row], array_files.hash_rows(images[row]), lambda: np.array(images[row]))
 
     return [picture(row) for row in rows_of(names, facts["names"], "the checkpoint")]
 
@@ -56,7 +57,7 @@ def pictures_inside(folder: Path) -> list[Picture]:
 
     def picture(name: str, path: Path) -> Picture:
         check_file(path)
-        return Picture(name, artefacts.file_sha256(path), lambda: area_scale(read_rgb(path), STORED_SIZE, STORED_SIZE))
+        return Picture(name, file_hash(path), lambda: area_scale(read_rgb(path), STORED_SIZE, STORED_SIZE))
 
     files, _ = list_images([str(folder)])
     return [picture(name, path) for name, path in files.items()]
@@ -102,7 +103,7 @@ def reconstruction_items(folders: Sequence[Path]) -> tuple[list[Item], dict[str,
             copies = {name: Copy(spoiling.to_bytes(result.read())) for name, result in results.items()}
             return read_original(original), copies
 
-        digests = [artefacts.file_sha256(result.folder / "reconstruction.npy") for result in results.values()]
+        digests = [file_hash(result.folder / "reconstruction.npy") for result in results.values()]
         return Item(f"reconstructed {image.rpartition(' ')[0]}", text_sha256("".join(digests)), make)
 
     return [item(image) for image in sorted(set().union(*by_model.values()))], about

@@ -32,7 +32,8 @@ from evaluation.fixation_metrics import METRICS, all_scores, inter_observer
 from evaluation.fixations import Fixations, image_sizes, read_fixations
 from evaluation.journal import is_shown, score_all, text_sha256, write_results
 from models.errors import UserError
-from pipeline import artefacts, distributed, listing, networks, options, ownership, program
+from models.weights.downloads import file_hash
+from pipeline import artefacts, distributed, listing, locks, networks, options, ownership, program
 
 if TYPE_CHECKING:
     from evaluation.map_sources import Row, Source
@@ -86,7 +87,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate; a finished evaluation is shown again, an interrupted one goes on. Ranks share the images."""
     device = networks.prepare_device(args.device)
-    with distributed.group(device), artefacts.claim(args.out):
+    with distributed.group(device), locks.claim(args.out):
         from evaluation import map_sources
         from pipeline.detector import each, postprocess_each
 
@@ -134,7 +135,7 @@ def evaluate(
     rows[OBSERVERS] = Row("ceiling", "fixations of all other people, blurred, as the map of each person")
     facts = {
         "stage": "fixations",
-        "images": text_sha256("".join(map(artefacts.file_sha256, looks.images))),
+        "images": text_sha256("".join(map(file_hash, looks.images))),
         "fixations": fixations_sha256(looks.fixations),
         "models": list(rows),
         "sources": text_sha256(json.dumps([source.facts for source in sources])),

@@ -34,7 +34,7 @@ from evaluation.naturalness_metrics import region_auc
 from evaluation.naturalness_readers import common_held_out, load_readers
 from evaluation.spoiling import SPOILINGS
 from models.errors import UserError
-from pipeline import artefacts, distributed, networks, options, program
+from pipeline import artefacts, distributed, locks, networks, options, program
 from pipeline.networks import shipped_checkpoints
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate; a finished evaluation is shown again, an interrupted one goes on. Ranks share the images."""
     device = networks.prepare_device(args.device)
-    with distributed.group(device), artefacts.claim(args.out):
+    with distributed.group(device), locks.claim(args.out):
         from pipeline.detector import Checkpoint
 
         program.announce(args, device)

@@ -25,7 +25,7 @@ from evaluation import tables
 from evaluation.journal import is_shown, score_all, write_results
 from models.errors import UserError
 from models.randomness import seed_for
-from pipeline import artefacts, distributed, networks, options, program
+from pipeline import array_files, artefacts, distributed, locks, networks, options, program
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +71,7 @@ class Result:
     def read(self) -> np.ndarray:
         """The reconstruction (H, W, 3) float32 RGB in 0-255."""
         path = self.folder / "reconstruction.npy"
-        picture = np.array(artefacts.open_array(path, "reconstruct.py")[0])
+        picture = np.array(array_files.open_array(path, "reconstruct.py")[0])
         if picture.dtype.kind != "f" or not np.isfinite(picture).all():
             raise UserError(f"{path} is {picture.dtype}, or holds NaN: run reconstruct.py again with --overwrite")
         return picture
@@ -97,7 +97,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate and write the tables; a finished evaluation is shown again. Ranks share the images."""
     device = networks.prepare_device(args.device)
-    with distributed.group(device), artefacts.claim(args.out):
+    with distributed.group(device), locks.claim(args.out):
         program.announce(args, device)
         models = distributed.together(lambda: group_by_model(find_results(args.folders)))
         images = distributed.together(lambda: common_images(models))
@@ -124,7 +124,7 @@ def evaluate(
     facts = {
         "stage": "reconstruction scores",
         "models": {name: next(iter(results.values())).settings for name, results in models.items()},
-        "results": artefacts.hash_rows([np.frombuffer(_stamp(models, images), np.uint8)]),
+        "results": array_files.hash_rows([np.frombuffer(_stamp(models, images), np.uint8)]),
         "classifier": classifier is not None,
         "grid": grid,
         "seed": seed,

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from models.errors import UserError
-from pipeline import options
+from pipeline import parsers
 
 # Pillow has Ghostscript run EPS, also inside IPTC; old versions unpack FITS without limit; the others have no decoder.
 REFUSED_FORMATS = ("EPS", "IPTC", "FITS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF")
@@ -133,7 +133,7 @@ def unused_bits(image: Image.Image, deep_colours: bool, rgb: np.ndarray) -> str:
     dark = "has 16 bits and no value above {}, so it looks dark: "
     if deep_colours and 0 < (largest := int(rgb.max())) < 64:
         return dark.format(largest * 256 + 255) + "save it with 8 bits"
-    if options.image_range or not image.mode.startswith("I") or known_range(image) != (0.0, 65535.0):
+    if parsers.image_range or not image.mode.startswith("I") or known_range(image) != (0.0, 65535.0):
         return ""
     largest = int(np.asarray(image).max())
     bits = next((bits for bits in (10, 12, 14) if 255 < largest < 1 << bits), None)
@@ -149,7 +149,7 @@ def to_rgb_array(image: Image.Image) -> np.ndarray:
         UserError: the range of its values is known neither from its format nor by --range.
     """
     if image.mode.startswith(("I", "F")):
-        values = options.image_range or known_range(image)
+        values = parsers.image_range or known_range(image)
         if values is None:
             what = "floats" if image.mode.startswith("F") else "integers of 32 bits or with a sign"
             raise UserError(f"holds {what}, and nothing says which are black and white: give --range LOW HIGH")

@@ -14,6 +14,7 @@ from models.backbones import Backbone, central_part
 from models.checkpoints import load_vlm
 from models.errors import UserError
 from models.vlm import DIRECTIONS, TRIVIAL_PREDICTORS, LayerModel, VisualLanguageModel, layer_map
+from models.weights.downloads import file_hash
 from pipeline import artefacts, networks
 from pipeline.images import STORED_SIZE
 from pipeline.scaling import area_scale
@@ -83,7 +84,7 @@ class Checkpoint:
     def load(cls, path: Path, device: torch.device) -> "Checkpoint":
         """Read it; a UserError says what is wrong with the file."""
         vlm, notes = load_vlm(path)
-        return cls(path, notes.backbone, vlm.freeze().to(device), artefacts.file_sha256(path), notes.training)
+        return cls(path, notes.backbone, vlm.freeze().to(device), file_hash(path), notes.training)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from models.errors import UserError
-from pipeline import artefacts, distributed, program
+from models.weights.downloads import file_hash
+from pipeline import array_files, artefacts, distributed, program
 from pipeline.views import Views
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def open_features(folder: Path, layers: list[str] | None) -> Features:
     path = folder / "projection.safetensors"
     names = artefacts.read_sidecar(path, "extract_features.py").get("names")
     tensors, configuration = read_tensors(path)
-    provenance = Provenance.read(configuration, path, artefacts.file_sha256(path))
+    provenance = Provenance.read(configuration, path, file_hash(path))
     held_out = configuration.get("held_out")
     if not isinstance(names, list) or not isinstance(held_out, list):
         raise UserError(f"{path} does not say which images it is of: {AFRESH}")
@@ -124,7 +125,7 @@ def open_features(folder: Path, layers: list[str] | None) -> Features:
         if layer not in provenance.all_layers:
             there = ", ".join(provenance.all_layers)
             raise UserError(f"{folder} has no features of {layer}: choose from {there}, or run extract_features.py")
-        array, facts = artefacts.open_array(folder / f"{layer}.npy", "extract_features.py")
+        array, facts = array_files.open_array(folder / f"{layer}.npy", "extract_features.py")
         if facts.get("projection_sha256") != provenance.projection_sha256:
             raise UserError(f"{folder / layer}.npy belongs to another projection: {AFRESH}")
         stored[layer] = array
@@ -157,7 +158,7 @@ def read_batch(stored: np.ndarray, rows: np.ndarray, device: object) -> "torch.T
     """Rows of stored features (N, H, W, D) as a float32 tensor (B, D, H, W)."""
     import torch
 
-    return torch.from_numpy(artefacts.read_rows(stored, rows)).to(device, torch.float32).permute(0, 3, 1, 2)
+    return torch.from_numpy(array_files.read_rows(stored, rows)).to(device, torch.float32).permute(0, 3, 1, 2)
 
 
 def feature_facts(
@@ -196,7 +197,7 @@ class FeatureFiles:
 
     def __init__(self, folder: Path, facts: Mapping[str, artefacts.Facts], rows: tuple[int, int]):
         self.writers = {
-            layer: artefacts.ArrayWriter(folder / f"{layer}.npy", tuple(f["shape"]), f["dtype"], f, rows)
+            layer: array_files.ArrayWriter(folder / f"{layer}.npy", tuple(f["shape"]), f["dtype"], f, rows)
             for layer, f in facts.items()
         }
         self.first, self.stop = rows
@@ -217,7 +218,7 @@ class FeatureFiles:
         self.done += sum(map(len, next(iter(batch.values()))))
 
     @staticmethod
-    def _write(writer: artefacts.ArrayWriter, first: int, parts: "list[torch.Tensor]") -> None:
+    def _write(writer: array_files.ArrayWriter, first: int, parts: "list[torch.Tensor]") -> None:
         for part in parts:
             writer.put(first, part.cpu().numpy())
             first += len(part)

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from models.errors import UserError
-from pipeline import artefacts, decoding, listing, ownership
+from pipeline import array_files, artefacts, decoding, listing, ownership
 from pipeline.paths import user_path
 from pipeline.program import printable
 from pipeline.scaling import area_scale
@@ -196,9 +196,9 @@ def open_stored(path: Path) -> tuple[np.ndarray, artefacts.Facts]:
     """The images of stage 1 (N, 256, 256, 3) uint8, memory-mapped, and their facts.
 
     Raises:
-        UserError: as `artefacts.open_array`, or the array or the facts are not those of stage 1.
+        UserError: as `array_files.open_array`, or the array or the facts are not those of stage 1.
     """
-    images, facts = artefacts.open_array(path, "prepare_images.py")
+    images, facts = array_files.open_array(path, "prepare_images.py")
     if images.dtype != np.uint8 or images.shape[1:] != (STORED_SIZE, STORED_SIZE, 3) or not len(images):
         raise UserError(
             f"{path} is {images.dtype} {images.shape}, not uint8 (N, {STORED_SIZE}, {STORED_SIZE}, 3): "

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import UserError
+from models.weights.downloads import file_hash
 from pipeline import artefacts, program
 from pipeline.training_log import LogLine, merge_log
 
@@ -64,7 +65,7 @@ def start_from(path: Path, vlm: "VisualLanguageModel", backbone: str) -> str:
             trained.layers[name].change_basis(ours.change_to(theirs), theirs.change_to(ours))
             print(f"{name}: the weights of {path} are expressed in the new projection", flush=True)
         layer.load_state_dict(trained.layers[name].state_dict())
-    return artefacts.file_sha256(path)
+    return file_hash(path)
 
 
 def is_same_projection(one: "Projection", other: "Projection") -> bool:
@@ -122,7 +123,7 @@ def merge_checkpoint(
     configuration = {**configuration, "training": {name: training[name] for name in layers}, "layers": layers}
     artefacts.write_tensors(out, tensors, configuration)
     loss_curves(log, picture)
-    described = {**configuration, "sha256": artefacts.file_sha256(out), "versions": program.versions()}
+    described = {**configuration, "sha256": file_hash(out), "versions": program.versions()}
     artefacts.write_json(artefacts.sidecar_path(out), described)
 
 

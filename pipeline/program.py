@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import UserError
-from pipeline import distributed, options, streams
+from pipeline import distributed, parsers, streams
 from pipeline.progress import Terminated, endings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +26,7 @@ def announce(args: argparse.Namespace, device: object = None) -> None:
     The effective arguments also go into the sidecars, see `versions`.
     """
     _effective.clear()
-    _effective.update({key: printable(options.show(value)) for key, value in sorted(vars(args).items())})
+    _effective.update({key: printable(parsers.show(value)) for key, value in sorted(vars(args).items())})
     _introduce(None if device is None else str(device))
     if getattr(args, "verbose", False):
         print("arguments: " + " ".join(f"{key}={value}" for key, value in _effective.items()), flush=True)

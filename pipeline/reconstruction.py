@@ -24,7 +24,7 @@ from models.objective import (
 )
 from models.randomness import seed_for
 from models.vlm import VisualLanguageModel
-from pipeline import artefacts, figures, images, ownership, program
+from pipeline import array_files, artefacts, figures, images, ownership, program
 from pipeline.targets import Statistics
 
 OUTPUTS = tuple(
@@ -186,7 +186,7 @@ class Task:
             "backbone": self.backbone.architecture.name,
             "weights_sha256": weights_sha256,
             "vlm_sha256": vlm_sha256 if REGULARIZERS[self.objective.regularizer].vlm else None,
-            "statistics_sha256": artefacts.hash_rows(tensors),
+            "statistics_sha256": array_files.hash_rows(tensors),
             "energies": self.energies,
             **asdict(self.objective),
             "descent": self.name,
@@ -316,7 +316,7 @@ def finish(out: Path, restarts: list[Restart], facts: artefacts.Facts) -> None:
     """Write the float result, the parameters and the sidecar, and drop the states."""
     best = best_of(restarts)
     result = best.rgb()
-    artefacts.write_array(out / "reconstruction.npy", result)
+    array_files.write_array(out / "reconstruction.npy", result)
     last = {"best_restart": best.number, "losses": best.curves[-1]}
     artefacts.write_json(out / "parameters.json", {**facts, **last, "versions": program.versions()})
     described = {"shape": list(result.shape), "dtype": str(result.dtype), **facts, **last}

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline import artefacts, report_parts
-from pipeline.artefacts import write_array
+from pipeline import array_files, report_parts
+from pipeline.array_files import write_array
 from pipeline.detector import LANGUAGE_MODEL, Checkpoint, Detector, Reading
 from pipeline.figures import results_figure
 from pipeline.images import read_rgb, write_png
@@ -170,7 +170,7 @@ RECONSTRUCTED = "Each is looked for from noise; all that is known of the photo i
 
 def _saliency_pictures(name: str, path: Path) -> list[Picture]:
     """The overlay and the map, as stage 5 wrote them."""
-    values = artefacts.open_array(path, "saliency.py")[0].astype(np.float64)
+    values = array_files.open_array(path, "saliency.py")[0].astype(np.float64)
     values = values / 255 if values.max() > 1 else values
     overlay = read_rgb(path.with_name(f"{path.stem}-overlay.png"))
     return [

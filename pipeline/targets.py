@@ -14,7 +14,8 @@ from models.checkpoints import check_channels, read_tensors, take_statistics
 from models.errors import UserError
 from models.projection import Moments
 from models.vlm import VisualLanguageModel
-from pipeline import artefacts, images
+from models.weights.downloads import file_hash
+from pipeline import array_files, artefacts, images
 from pipeline.presets import SAMPLES
 from pipeline.progress import Progress
 from pipeline.scaling import area_scale
@@ -85,10 +86,10 @@ def read_source(source: Source, backbone: Backbone, tap: str) -> tuple[Tensor, n
     if source.row is not None:
         stored = np.array(np.load(source.path, mmap_mode="r")[source.row])
         x = centre_crop(torch.from_numpy(stored).permute(2, 0, 1)[None], *crop)  # (1, 3, h, w)
-        digest = artefacts.hash_rows(stored)
+        digest = array_files.hash_rows(stored)
     else:
         images.check_file(source.path)
-        digest = artefacts.file_sha256(source.path)
+        digest = file_hash(source.path)
         if source.path.suffix == ".npy":
             return read_feature(source.path, backbone, tap), None, digest
         rgb = images.fit_to(images.read_rgb(source.path), *crop)
@@ -101,7 +102,7 @@ def read_source(source: Source, backbone: Backbone, tap: str) -> tuple[Tensor, n
 def read_feature(path: Path, backbone: Backbone, tap: str) -> Tensor:
     """A stored feature with a leading axis of one; a UserError says why not."""
     try:
-        stored = artefacts.map_array(path)
+        stored = array_files.map_array(path)
     except ValueError as error:
         raise UserError(f"{path} is not a readable .npy array ({error}): give another feature") from None
     dims = 2 if tap in backbone.architecture.fully_connected else 4

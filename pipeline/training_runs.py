@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from models.errors import UserError
+from models.weights.downloads import file_hash
 from pipeline import artefacts, distributed
 from pipeline.features import Features
 from pipeline.language_models import check_projection, merge_checkpoint, merging
@@ -253,7 +254,7 @@ class Run:
         noted = artefacts.read_sidecar(self.out, "train_vlm.py")
         trained = noted.get("training")
         described = json.loads(json.dumps(self.describe()["training"]))
-        whole = noted.get("sha256") == artefacts.file_sha256(self.out)
+        whole = noted.get("sha256") == file_hash(self.out)
         return whole and isinstance(trained, dict) and all(trained.get(n) == facts for n, facts in described.items())
 
 

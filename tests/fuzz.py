@@ -31,7 +31,7 @@ with atheris.instrument_imports(include=["models", "pipeline", "numpy.lib", "tra
     from models.errors import UserError
     from models.weights import caffe
     from models.weights.read import read_weights
-    from pipeline import artefacts
+    from pipeline import array_files, artefacts
     from pipeline.features import open_features
     from pipeline.targets import read_statistics
 
@@ -128,13 +128,13 @@ def fuzz_metadata(data: bytes) -> None:
     if kind in b"0":
         artefacts.sidecar_path(path).write_bytes(data)
         path.write_bytes(ARRAY)
-        found = refused(artefacts.open_array, path, "it")
+        found = refused(array_files.open_array, path, "it")
         assert found is None or (found[0].shape == (2, 3) and isinstance(found[1], dict))
         refused(artefacts.reuse, path, FACTS, False)
     elif kind in b"1":
         artefacts.sidecar_path(path).write_text(json.dumps({"shape": [2, 3], "dtype": "float32"}))
         path.write_bytes(data)
-        found = refused(artefacts.open_array, path, "it")
+        found = refused(array_files.open_array, path, "it")
         assert found is None or (found[0].shape == (2, 3) and found[0].dtype == np.float32)
     elif kind in b"23":
         path = FOLDER / "projection.safetensors"
@@ -146,7 +146,7 @@ def fuzz_metadata(data: bytes) -> None:
     elif kind in b"4":
         (FOLDER / "y.npy.partial").write_bytes(ARRAY)
         (FOLDER / "y.npy.progress").write_bytes(data)
-        writer = artefacts.ArrayWriter(FOLDER / "y.npy", (2, 3), "float32", FACTS)
+        writer = array_files.ArrayWriter(FOLDER / "y.npy", (2, 3), "float32", FACTS)
         assert 0 <= writer.done <= 2 and isinstance(writer.state, dict)
     elif kind in b"5":
         RUN.state.write_bytes(named(TRAINING, data.decode("utf-8", "replace")))
@@ -180,7 +180,7 @@ def fuzz_tables(data: bytes) -> None:
 
 def npy(array: np.ndarray) -> bytes:
     """The bytes of a .npy file."""
-    artefacts.write_array(FOLDER / "a.npy", array)
+    array_files.write_array(FOLDER / "a.npy", array)
     return (FOLDER / "a.npy").read_bytes()
 
 

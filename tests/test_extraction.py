@@ -9,7 +9,7 @@ import torch
 import extract_features
 from models.backbones import Backbone, centre_crop, random_parameters
 from models.projection import Projection, fold_deepest
-from pipeline import artefacts
+from pipeline import array_files
 from pipeline.features import FeatureFiles, feature_facts
 from pipeline.views import Views
 from tests.rounding import assert_rounded
@@ -72,7 +72,7 @@ def test_the_deepest_projection_is_part_of_its_convolution() -> None:
 
 
 def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    writer = artefacts.ArrayWriter(tmp_path / "rows.npy", (4, 2), "float32", {})
+    writer = array_files.ArrayWriter(tmp_path / "rows.npy", (4, 2), "float32", {})
     writer.put(1, np.ones((2, 2)))
     for first, rows in ((3, np.ones((2, 2))), (-1, np.ones((1, 2))), (0, np.ones((1, 3)))):
         with pytest.raises(ValueError, match="rows"):
@@ -94,12 +94,12 @@ def test_pages_that_were_read_are_given_back(tmp_path: Path) -> None:
     before = resident_file_bytes()
     assert rows.sum() > 0
     assert resident_file_bytes() > before + 0.8 * size
-    artefacts.release(rows)
+    array_files.release(rows)
     assert resident_file_bytes() < before + 0.2 * size
     assert rows[7, 7] == 1
-    artefacts.release(np.ones(3))
+    array_files.release(np.ones(3))
     chosen = np.random.default_rng(0).integers(0, 1000, 700)
-    np.testing.assert_array_equal(artefacts.read_rows(rows, chosen), np.ones((700, size // 4000)))
+    np.testing.assert_array_equal(array_files.read_rows(rows, chosen), np.ones((700, size // 4000)))
     assert resident_file_bytes() < before + 0.2 * size
 
 
@@ -108,4 +108,4 @@ def test_rows_are_read_in_the_order_asked_for(tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", array)
     for rows in (array, np.load(tmp_path / "rows.npy", mmap_mode="r")):
         for chosen in (np.array([39, 0, 7, 7, *range(38), 5]), np.array([], dtype=int)):
-            np.testing.assert_array_equal(artefacts.read_rows(rows, chosen), array[chosen])
+            np.testing.assert_array_equal(array_files.read_rows(rows, chosen), array[chosen])

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.errors import UserError
-from pipeline import artefacts, images, ownership, paths, program
+from pipeline import artefacts, images, locks, ownership, paths, program
 from tests.conftest import make_photo
 from tests.pipeline.test_options import tiny, tiny_workspace  # noqa: F401 (fixtures)
 
@@ -250,12 +250,12 @@ def test_one_place_is_one_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert paths.user_path("~/x") == tmp_path / "x"
     (tmp_path / "d").mkdir()
     (tmp_path / "link").symlink_to("d")
-    with artefacts.claim(tmp_path / "d"):
+    with locks.claim(tmp_path / "d"):
         for other in (tmp_path / "link", tmp_path / "link" / ".." / "d"):
-            with pytest.raises(UserError, match="is being written by"), artefacts.claim(other):
+            with pytest.raises(UserError, match="is being written by"), locks.claim(other):
                 pass
     monkeypatch.chdir(tmp_path / "d")
     for here in (".", "./"):
-        with artefacts.claim(Path(here)):
+        with locks.claim(Path(here)):
             artefacts.write_text(Path(here) / "a.txt", here)
     assert paths.beside(Path("/"), ".", ".lock") == Path("/..lock")

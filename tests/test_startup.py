@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import options
+from pipeline import parsers
 
 SCREEN_AND_A_HALF = 60  # lines of a terminal of 40
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,7 @@ def test_every_option_stands_in_a_section_of_help() -> None:
         commands = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
         for command in commands[0].choices.values() if commands else [parser]:
             shown = {action.dest for action in command._actions} - {"help"}
-            assert shown <= options.SECTIONS.keys()
+            assert shown <= parsers.SECTIONS.keys()
             told = command.format_help()
             assert all(
                 action.option_strings[0] in told

@@ -62,6 +62,12 @@ def test_no_two_modules_are_called_alike() -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_short(path: Path) -> None:
+    most = 250 if path.parent == ROOT else 350
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= most
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_only_mains_and_parsers_take_arguments(path: Path) -> None:
     """Cores take named, typed parameters; commands of evaluate.py are mains, the others print, copy or pass options."""
     allowed = {"run", "of", "announce", "replace", "stage_commands"}

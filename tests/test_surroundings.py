@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from models.errors import UserError
-from pipeline import artefacts, plotting, program
+from pipeline import array_files, artefacts, plotting, program
 
 ROOT = Path(__file__).parent.parent
 TALK = """import sys; from pipeline import program
@@ -172,8 +172,8 @@ def test_files_that_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     artefacts.write_json(tmp_path / "a.npy.json", {})
     monkeypatch.setattr(np.lib.format, "open_memmap", refuse)
     for work in (
-        lambda: artefacts.ArrayWriter(tmp_path / "b.npy", (2, 3), "uint8", {}),
-        lambda: artefacts.open_array(tmp_path / "a.npy", "x.py"),
+        lambda: array_files.ArrayWriter(tmp_path / "b.npy", (2, 3), "uint8", {}),
+        lambda: array_files.open_array(tmp_path / "a.npy", "x.py"),
     ):
         with pytest.raises((OSError, UserError)) as caught:
             work()

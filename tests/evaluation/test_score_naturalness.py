@@ -21,7 +21,7 @@ from models import checkpoints, naturalness
 from models.backbones import ARCHITECTURES, Backbone, central_part, centre_crop, random_parameters
 from models.errors import UserError
 from models.vlm import DIRECTIONS, layer_loss, layer_map, predict_nothing, repeat_last
-from pipeline import artefacts, figures
+from pipeline import array_files, artefacts, figures
 from pipeline.images import write_png
 from pipeline.scaling import area_scale
 from tests.conftest import make_photo
@@ -273,7 +273,7 @@ def write_reconstruction(folder: Path, image: str, regularizer: str, original: n
     """What reconstruct.py leaves of an image, as far as it is read here."""
     folder.mkdir(parents=True)
     Image.fromarray(original).save(folder / "image.png")
-    artefacts.write_array(folder / "reconstruction.npy", made.astype(np.float32))
+    array_files.write_array(folder / "reconstruction.npy", made.astype(np.float32))
     facts = {"stage": "reconstruct", "input": image, "input_sha256": image * 2, "regularizer": regularizer}
     facts |= {
         "target": "conv2",

@@ -18,7 +18,7 @@ from evaluation import classifier, picture_metrics, score_reconstructions, table
 from models.backbones import Backbone, random_parameters
 from models.backbones.efficientnet_lite import EFFICIENTNET_LITE0, SameConv2d
 from models.errors import UserError
-from pipeline import artefacts
+from pipeline import array_files, artefacts
 from tests.conftest import RUN, make_photo
 
 
@@ -209,7 +209,7 @@ def results(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         reconstruct.main([*options, *tv, weight, "--out", str(out / f"tv{weight}")])
     for folder in (out / "tv5").glob("[!.]*"):
         with Image.open(folder / "image.png") as image:
-            artefacts.write_array(folder / "reconstruction.npy", np.asarray(image, np.float32))
+            array_files.write_array(folder / "reconstruction.npy", np.asarray(image, np.float32))
     return out
 
 

@@ -21,7 +21,7 @@ import saliency
 import train_vlm
 from models.backbones import ARCHITECTURES
 from models.errors import UserError
-from pipeline import artefacts, features, figures, ownership, program, training_log
+from pipeline import array_files, artefacts, features, figures, ownership, program, training_log
 from pipeline.images import write_png
 from tests.conftest import make_photo
 from tests.models.weights.test_weights import TINY
@@ -223,7 +223,7 @@ def test_spoiled_arrays(
         for lying in (False, True):
             if lying:  # as far as it can be made to fit
                 try:
-                    found = artefacts.map_array(path)
+                    found = array_files.map_array(path)
                 except ValueError:
                     continue
                 spoil(
@@ -438,7 +438,7 @@ def test_spoiled_state_of_the_statistics(how: str, root: Path, capsys: pytest.Ca
 def test_asking_whether_an_artefact_is_finished_changes_nothing(tmp_path: Path) -> None:
     """What clears the way says so by its name: `reuse`, `withdraw`."""
     path, facts = tmp_path / "x.npy", {"seed": 3}
-    artefacts.write_array(path, np.ones(2))
+    array_files.write_array(path, np.ones(2))
     Path(f"{path}.partial").touch()
     artefacts.write_json(artefacts.sidecar_path(path), facts)
     before = sorted(tmp_path.iterdir())

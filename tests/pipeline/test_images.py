@@ -29,7 +29,7 @@ from models.checkpoints import vlm_tensors, write_tensors
 from models.errors import UserError
 from models.projection import Projection
 from models.vlm import VisualLanguageModel
-from pipeline import artefacts, figures, options, program
+from pipeline import array_files, artefacts, figures, parsers, program
 from pipeline.decoding import to_rgb_array, upright_size
 from pipeline.images import (
     LONGEST_NAME,
@@ -92,7 +92,7 @@ def test_deep_grey_by_range(kind: str, low: float, high: float, monkeypatch: pyt
     if kind != "u2":
         with pytest.raises(UserError, match="nothing says which are black and white: give --range LOW HIGH"):
             read_rgb(buffer, "x")
-    monkeypatch.setattr(options, "image_range", [low, high])
+    monkeypatch.setattr(parsers, "image_range", [low, high])
     assert np.abs(read_rgb(buffer, "x")[:, :, 1].astype(int) - grey).max() <= (kind in ("i4", "u2"))
 
 
@@ -103,7 +103,7 @@ def test_unsigned_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     signed, unsigned = (struct.pack("<HHIH", 339, 3, 1, kind) for kind in (2, 1))
     assert signed in buffer.getvalue()
     buffer = io.BytesIO(buffer.getvalue().replace(signed, unsigned))
-    monkeypatch.setattr(options, "image_range", [0, 2**32 - 1])
+    monkeypatch.setattr(parsers, "image_range", [0, 2**32 - 1])
     found = read_rgb(buffer, "x")[:, :, 0].ravel().tolist()
     assert found[0] == 0 and found[3] == 255 and {found[1], found[2]} <= {127, 128}
 
@@ -327,26 +327,26 @@ def test_killed_preparation_goes_on(tmp_path: Path, photos: Path, monkeypatch: p
 def test_array_artefacts_are_refused_where_they_do_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "x.npy"
     with pytest.raises(UserError, match="run it first"):
-        artefacts.open_array(path, "it")
-    artefacts.write_array(path, np.zeros((3, 2), np.float32))
+        array_files.open_array(path, "it")
+    array_files.write_array(path, np.zeros((3, 2), np.float32))
     with pytest.raises(UserError, match="has no sidecar"):
-        artefacts.open_array(path, "it")
+        array_files.open_array(path, "it")
     sidecar = artefacts.sidecar_path(path)
     artefacts.write_json(sidecar, {"shape": [3, 2], "dtype": "float32"})
-    assert artefacts.open_array(path, "it")[0].shape == (3, 2)
+    assert array_files.open_array(path, "it")[0].shape == (3, 2)
     artefacts.write_json(sidecar, {"shape": [3, 3], "dtype": "float32"})
     with pytest.raises(UserError, match="its sidecar says"):
-        artefacts.open_array(path, "it")
+        array_files.open_array(path, "it")
     sidecar.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
-        artefacts.open_array(path, "it")
+        array_files.open_array(path, "it")
     artefacts.write_json(sidecar, {"shape": [3, 2], "dtype": "float32"})
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match="cannot be read"):
-        artefacts.open_array(path, "it")
+        array_files.open_array(path, "it")
     np.save(path, np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match="cannot be read"):
-        artefacts.open_array(path, "it")
+        array_files.open_array(path, "it")
     with pytest.raises(UserError, match="has .* free"):
         artefacts.check_disk(tmp_path, 10**18)
 
@@ -634,7 +634,7 @@ def readable(content: bytes) -> bool:
 def test_deep_grey_is_converted_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.linspace(0, 1, 3_000_000, dtype=np.float32).reshape(1500, 2000)
     image = Image.fromarray(values)
-    monkeypatch.setattr(options, "image_range", [0, 1])
+    monkeypatch.setattr(parsers, "image_range", [0, 1])
     tracemalloc.start()
     found = to_rgb_array(image)
     peak = tracemalloc.get_traced_memory()[1]

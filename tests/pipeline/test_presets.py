@@ -9,7 +9,7 @@ import pytest
 
 import run_all
 from models.training import default_decays
-from pipeline import options
+from pipeline import options, parsers
 from pipeline.presets import CARRIED, CODE, DEFAULTS, PRESETS
 
 
@@ -23,7 +23,7 @@ def test_help_shows_every_default_of_the_preset(preset: str, capsys: pytest.Capt
         named = {action.dest for action in parser._actions}
         for name, setting in settings.items():
             if name in named:
-                value = setting.rule if setting.value is None else options.show(setting.value)
+                value = setting.rule if setting.value is None else parsers.show(setting.value)
                 assert f"(default: {value}; {setting.source})" in shown, (stage, name)
 
 
@@ -84,4 +84,4 @@ def test_a_dry_run_prints_what_the_stages_then_announce(
         for name, value in values.items():
             assert used[name] == value, (stage, name)
     train = dict(before)["train_vlm"]
-    assert train["decay_at"] == options.show(default_decays(2)) and train["learning_rate"] == "10.0"
+    assert train["decay_at"] == parsers.show(default_decays(2)) and train["learning_rate"] == "10.0"
