@@ -154,19 +154,13 @@ def add_descent_options(parser: options.Parser) -> None:
         "--descent",
         type=options.entry_of("models.descent", "DESCENTS"),
         metavar="authors|fourier",
-        help="authors: each regulariser's own, on pixels; fourier: one for all, on Fourier coefficients",
+        help="authors: each regulariser's own; fourier: one for all",
     )
     add("--iterations", type=options.positive, help="updates of each restart")
     add("--learning-rate", type=options.positive_number, help="of what is varied")
-    add(
-        "--decay-at",
-        type=options.natural,
-        nargs="*",
-        metavar="ITERATION",
-        help="a tenth of the rate, and no momentum, after these, from 0 on",
-    )
+    add("--decay-at", type=options.natural, nargs="*", metavar="I", help="a tenth of the rate after these, from 0 on")
     add("--momentum", type=options.fraction, help="of the optimiser")
-    add("--start-noise", type=options.non_negative_number, help="strength of the start's noise, times that of the data")
+    add("--start-noise", type=options.non_negative_number, help="noise at the start, times the data's")
     add(
         "--frequency-exponent",
         type=options.non_negative_number,
@@ -175,11 +169,7 @@ def add_descent_options(parser: options.Parser) -> None:
     add(
         "--decorrelate", action=argparse.BooleanOptionalAction, help="fourier: vary decorrelated colours (default: yes)"
     )
-    add(
-        "--in-turn",
-        action=argparse.BooleanOptionalAction,
-        help="an update looks along one direction of each language model, in turn, not along all",
-    )
+    add("--in-turn", action=argparse.BooleanOptionalAction, help="one direction of each model at an update")
 
 
 def main(argv: list[str] | None = None) -> int:

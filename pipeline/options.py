@@ -234,7 +234,7 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
         "--weights",
         default="auto",
         metavar="auto|random|FILE",
-        help="of the CNN: auto takes the installed package, or downloads; random is a control (default: auto)",
+        help="of the CNN: auto (default): the installed package, or a download; random: a control",
     )
     parser.add_argument(
         "--mean-image",
