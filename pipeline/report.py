@@ -10,14 +10,17 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.artefacts import write_text
 from pipeline.program import printable
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 TEMPLATES = Path(__file__).parent / "templates"
 JPEG_QUALITY = 88
@@ -129,18 +132,23 @@ def write(path: Path, report: Report) -> None:
     write_text(path, render(report))
 
 
-def render(report: Report) -> str:
-    """The page's HTML."""
+@cache
+def _environment() -> "Environment":
+    """What reads the templates, and compiles each once."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_shown,
         trim_blocks=True,
     )
-    pictures = _pictures(report)
+
+
+def render(report: Report) -> str:
+    """The page's HTML."""
+    environment, pictures = _environment(), _pictures(report)
     style = environment.get_template("report.css.jinja").render(stops=_stops())
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     return environment.get_template("report.html.jinja").render(

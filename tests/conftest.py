@@ -1,11 +1,19 @@
 """Fixtures: small made-up photos, and a workspace in which all stages ran on them."""
 
+import os
 import sys
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core; what a test starts inherits it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
 from PIL import Image
+
+FLUSH = os.fsync
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -23,6 +31,14 @@ def make_photo(seed: int, height: int, width: int) -> np.ndarray:
     return (picture + random.normal(0, 5, picture.shape)).clip(0, 255).astype(np.uint8)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unflushed() -> Iterator[None]:
+    """Files are not flushed to the disk, for which thousands of writes would wait; no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of twelve photos of two classes."""
@@ -35,7 +51,19 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def workspace(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def light() -> Iterator[None]:
+    """Random weights of a network are drawn once for all tests, AlexNet has 61 million; energies are of few views."""
+    from models.weights import find
+    from pipeline import targets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(targets, "ENERGY_VIEWS", 2)
+        patch.setattr(find, "random_parameters", lru_cache(2)(find.random_parameters))
+        yield
+
+
+@pytest.fixture(scope="session")
+def workspace(photos: Path, light: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stages 1-3 run on the photos with a random AlexNet, on conv4 and conv5."""
     import extract_features
     import prepare_images

@@ -12,6 +12,7 @@ import pytest
 
 from models.errors import UserError
 from pipeline import array_files, artefacts, plotting, program
+from tests.conftest import FLUSH
 
 ROOT = Path(__file__).parent.parent
 TALK = """import sys; from pipeline import program
@@ -152,12 +153,10 @@ def test_any_error_of_the_system_is_a_line(number: int) -> None:
 
 
 def test_folders_that_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flush = os.fsync
-
     def refuse(descriptor: int) -> None:
         if Path(f"/proc/self/fd/{descriptor}").is_dir():
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        flush(descriptor)
+        FLUSH(descriptor)
 
     monkeypatch.setattr(os, "fsync", refuse)
     artefacts.write_text(tmp_path / "a.txt", "here")

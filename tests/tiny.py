@@ -31,7 +31,7 @@ from evaluation import classifier, fixation_metrics, map_sources, score_fixation
 from models import checkpoints, descent, training, vlm  # noqa: F401 (imported before the fork)
 from models import unnaturalness as maps  # noqa: F401
 from models.backbones import ARCHITECTURES, chain, named
-from pipeline import artefacts, features, figures, program  # noqa: F401
+from pipeline import artefacts, features, figures, program, targets  # noqa: F401
 from pipeline.images import write_png
 
 STAGES = {m.__name__: m for m in (prepare_images, extract_features, train_vlm, reconstruct, saliency, evaluate)}
@@ -52,6 +52,7 @@ TINY = chain(
     mean=(120.0, 110.0, 100.0),
     scale=(60.0, 60.0, 60.0),
 )
+TINY.survey()  # a first run without data makes torch import a thousand modules
 WRITING = os.O_WRONLY | os.O_RDWR
 
 
@@ -104,7 +105,9 @@ def _prepare(stage: str, argv: list[str]) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     torch.set_num_threads(1)
     ARCHITECTURES["tiny"] = TINY
+    os.fsync = os.fstat  # as in conftest.py
     features.SAVE_EVERY = 0.0
+    targets.ENERGY_VIEWS = 2
     prepare_images.MARK_EVERY = 2
     program.code_version = lambda: "tested"  # git costs a process
     for name in ("loss_curves", "reconstruction_curves", "picture_row", "picture_grid"):  # matplotlib costs a second

@@ -63,6 +63,7 @@ def tiny() -> Iterator[None]:
         patch.setitem(PRESETS, "tiny", preset)
         found = find.Weights(random_parameters(TINY, 0), "a package", "0")
         patch.setattr(find, "_from_package", lambda architecture: found)
+        patch.setattr(targets, "ENERGY_VIEWS", 2)
         yield
 
 
@@ -81,8 +82,7 @@ def tiny_workspace(tiny: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
             patch.setattr(run_pretrained_model, shipped, root / "vlm.safetensors")
         patch.setattr(classifier, "find_weights", lambda: None)
         patch.setattr(picture_metrics, "ssim", lambda *_: 0.5)  # its window is larger than these pictures
-        patch.setattr(figures, "save_figure", lambda *_: None)
-        patch.setattr(targets, "ENERGY_VIEWS", 4)
+        draw_nothing(patch)
         reconstruct.main(base_command("reconstruct", root))
         (root / "maps").mkdir()
         for photo in (root / "photos").iterdir():
@@ -115,6 +115,12 @@ def base_command(script: str, root: Path, fresh: bool = True) -> list[str]:
     }[script]
 
 
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of the time."""
+    for name in ("loss_curves", "reconstruction_curves", "picture_row", "picture_grid", "results_figure"):
+        patch.setattr(figures, name, lambda *_, **__: None)
+
+
 @contextmanager
 def limits() -> Iterator[None]:
     """Interrupt what reports progress more than LONG times, refuse memory beyond ROOM, restore the signal handler."""
@@ -132,7 +138,7 @@ def limits() -> Iterator[None]:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Progress, "update", interrupted)
-            patch.setattr(figures, "save_figure", lambda *_: None)  # drawing takes most of the time
+            draw_nothing(patch)
             yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
