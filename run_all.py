@@ -12,6 +12,7 @@ Before each stage the equivalent single command is printed; it works by hand.
 """
 
 import argparse
+import json
 import shlex
 import sys
 import time
@@ -25,6 +26,7 @@ STAGES = ("prepare_images", "extract_features", "train_vlm", "reconstruct", "sal
 STAGE_NUMBERS = {str(number): name for number, name in enumerate(STAGES, start=1)} | {name: name for name in STAGES}
 
 SHIPPED = Path(__file__).parent / "models" / "pretrained" / "alexnet.safetensors"
+GOES_ON = "The training of these language models went on from those that ship; its own photos are too few."
 NOT_SHARED = ("prepare_images", "reconstruct")  # stages of one process
 
 
@@ -126,7 +128,7 @@ def print_plan(
     print(f"\ncomputed for {images} images")
 
 
-def show_results(root: Path, image: Path, target: str, descent: str, seconds: float) -> Path:
+def show_results(root: Path, image: Path, target: str, descent: str, lead: list[str], seconds: float) -> Path:
     """The page of a workspace, which is returned; the same as a picture, figures/summary.png; and README.txt."""
     from pipeline import report_parts
     from pipeline.figures import picture_row
@@ -140,7 +142,12 @@ def show_results(root: Path, image: Path, target: str, descent: str, seconds: fl
         for regularizer, title in (("vlm", "with language models"), ("none", "without them"))
     }
     saliency, photo = root / "saliency" / f"{name}.npy", limit_side(read_rgb(image), 1024)
-    report = results_report(name, photo, saliency=saliency, reconstructions=folders, log=root / "log.csv")
+    natural = json.loads((saliency.parent / f"{name}-naturalness.json").read_text(encoding="utf-8"))
+    natural = {reading.replace("-", " ", 1): found for reading, found in natural.items()}
+    report = results_report(
+        name, photo, saliency=saliency, natural=natural, reconstructions=folders, log=root / "log.csv"
+    )
+    report.lead = lead
     report.facts = {"this run": report_parts.facts_of_run(seconds, image=str(image)), **report.facts}
     for title, path in (("language models", root / "vlm.safetensors"), ("images", root / "images.npy")):
         report.facts[title] = report_parts.facts_of_artefact(path)
@@ -207,7 +214,8 @@ def main(argv: list[str] | None = None) -> None:
     if "saliency" in chosen:
         target, descent = (PRESETS[args.preset]["reconstruct"][key].value for key in ("target", "descent"))
         image, seconds = args.image or sample_image(), time.monotonic() - started
-        print(f"\n{show_results(args.root, image, target, descent, seconds)} shows the results")
+        lead = [GOES_ON] if "--init" in commands["train_vlm"][0] else []
+        print(f"\n{show_results(args.root, image, target, descent, lead, seconds)} shows the results")
     size = sum(p.stat().st_size for p in args.root.rglob("*") if p.is_file())
     print(f"{args.root}: {artefacts.format_bytes(size)}, {time.monotonic() - started:.0f} s in all")
 

@@ -27,7 +27,7 @@ from pipeline import artefacts, networks, options, ownership, program
 
 if TYPE_CHECKING:
     from pipeline.detector import Detector
-    from pipeline.results_page import LayerResult
+    from pipeline.results_page import LayerResult, Natural
 
 PRETRAINED = Path(__file__).parent / "models" / "pretrained"
 RECONSTRUCTION = PRETRAINED / "alexnet.safetensors"
@@ -103,14 +103,14 @@ def make_saliency(run: Run) -> None:
         raise UserError(f"{run.image} gives no saliency map: see the line above")
 
 
-def make_layer_maps(run: Run, rgb: np.ndarray) -> "list[LayerResult]":
-    """Unnaturalness maps of every layer of both checkpoints, as .npy and .png."""
-    from pipeline.results_page import layer_results, write_layer_maps
+def make_layer_maps(run: Run, rgb: np.ndarray) -> "tuple[list[LayerResult], Natural]":
+    """Unnaturalness maps of every layer of both checkpoints, as .npy and .png; and how natural layers find it all."""
+    from pipeline.results_page import layer_results, naturalness_of, write_layer_maps
 
     detectors = [open_detector(run, checkpoint) for checkpoint in (RECONSTRUCTION, SALIENCY)]
     results = [result for detector in detectors for result in layer_results(detector, rgb)]
     write_layer_maps(run.out / "unnaturalness", results)
-    return results
+    return results, {title: found for detector in detectors for title, found in naturalness_of(detector, rgb).items()}
 
 
 def make_reconstructions(run: Run) -> Iterator[Path]:
@@ -138,19 +138,25 @@ def make_results(run: Run, started: float, dpi: int = 120) -> Path:
     name = output_name(run.image.stem)
     overlay, figure = run.saliency.with_name(f"{run.saliency.stem}-overlay.png"), run.out / "figure.png"
 
-    def write_page(layers: "Sequence[LayerResult]" = (), unfinished: str = "") -> None:
-        report = results_report(name, rgb, saliency=run.saliency, layers=layers, reconstructions=run.reconstructions)
+    def write_page(
+        layers: "Sequence[LayerResult]" = (), natural: "Natural | None" = None, unfinished: str = ""
+    ) -> None:
+        """The page with what there is."""
+        report = results_report(
+            name, rgb, saliency=run.saliency, layers=layers, natural=natural, reconstructions=run.reconstructions
+        )
         report.unfinished = f"Not finished: {unfinished}. Reload this page in a while." if unfinished else ""
         report.facts = {"this run": facts_of_run(time.monotonic() - started, image=str(run.image)), **report.facts}
         write(run.out / PAGE, report)
 
+    networks.obtain(networks.WeightsChoice(run.weights, None, run.cache, run.seed), RECONSTRUCTION, run.target)
     make_saliency(run)
     write_page(unfinished="maps of all layers and reconstructions follow")
     print(f"{overlay}: where people look, after {time.monotonic() - started:.0f} s", flush=True)
-    layers = make_layer_maps(run, rgb)
-    write_page(layers, "reconstructions follow")
+    layers, natural = make_layer_maps(run, rgb)
+    write_page(layers, natural, "reconstructions follow")
     for folder in make_reconstructions(run):
-        write_page(layers, "more reconstructions follow" if folder.name != list(DESCENTS)[-1] else "")
+        write_page(layers, natural, "more reconstructions follow" if folder.name != list(DESCENTS)[-1] else "")
     draw_figure(figure, rgb, overlay, run.reconstructions, SMALL, layers, dpi)
     write_guide(run.out, f"{name}: results of run_pretrained_model.py", GUIDE)
     return figure
@@ -195,8 +201,10 @@ def get_parser() -> options.Parser:
         "image", metavar="IMAGE", nargs="?", type=options.readable_file, help="(default: a sample photo)"
     )
     parser.add_argument("--out", type=options.writable_folder, help="folder (default: out/pretrained)")
-    parser.add_argument("--figures", action="store_true", help="make all pictures of the README instead (20 minutes)")
-    parser.add_argument("--target", default="pool5", metavar="TAP", help="feature to invert (paper: fc8)")
+    parser.add_argument("--figures", action="store_true", help="make all pictures of the README instead")
+    parser.add_argument(
+        "--target", default="pool5", metavar="TAP", help="feature to invert (paper: fc8, of complete weights)"
+    )
     parser.add_argument("--iterations", type=options.positive, help="updates of each reconstruction (paper: 1000)")
     parser.add_argument("--max-side", type=options.positive, default=1024, help="shrink larger images for the maps")
     return parser
@@ -221,15 +229,13 @@ def main(argv: list[str] | None = None) -> None:
         overwrite=args.overwrite,
     )
     if not args.figures:
-        print(
-            f"{PLAN.format(image=program.printable(run.image.name), target=run.target)}\n{run.out / PAGE}\n", flush=True
-        )
+        plan = PLAN.format(image=program.printable(run.image.name), target=run.target)
+        print(f"{plan}\n{run.out / PAGE}\n", flush=True)
     program.announce(args, networks.prepare_device(args.device))
     if args.figures:
         results = ", ".join(map(str, make_readme_pictures(run, args.out or ASSETS, started)))
     else:
-        make_results(run, started)
-        results = str(run.out / PAGE)
+        results = f"{make_results(run, started).with_name(PAGE)}"
     print(f"\n{results} shows the results; {time.monotonic() - started:.0f} s in all")
 
 

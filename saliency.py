@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         failed += make_maps(detectors, mine, out, facts, args.max_side, args.overwrite)
         failed = round(distributed.total(failed))
     done, made = len(files) + len(problems) - failed, " + ".join(of_readings)
-    print(f"{out}: {done} saliency maps of {made}" + (f", {failed} failed" if failed else ""))
+    print(f"{out}: {done} saliency map{'' if done == 1 else 's'} of {made}" + (f", {failed} failed" if failed else ""))
     return 2 if failed else 0
 
 

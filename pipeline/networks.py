@@ -66,6 +66,21 @@ def load_backbone(
     return backbone.to(device), weights
 
 
+def obtain(choice: WeightsChoice, checkpoint: Path, tap: str) -> None:
+    """Refuse a tap that a checkpoint's backbone lacks; get the complete weights now if the tap needs them.
+
+    Raises:
+        UserError: no such tap, or its weights can neither be found nor downloaded.
+    """
+    from models.backbones import find_architecture
+    from models.checkpoints import load_vlm
+
+    architecture = find_architecture(load_vlm(checkpoint)[1].backbone)
+    architecture.check_tap(tap)
+    if tap in architecture.fully_connected:
+        load_backbone(choice, architecture.name, [tap], pick_device("cpu"))
+
+
 @cache
 def _say_once(line: str) -> None:
     """Print a line, unless this process has printed it before."""

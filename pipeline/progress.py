@@ -13,7 +13,7 @@ from pipeline import distributed
 LINE_INTERVAL = 20.0  # seconds between progress lines where there is no terminal
 
 NARROW = 100  # columns of a terminal below which numbers matter more than the bar
-NARROW_BAR = "{desc} {percentage:.0f}%, {remaining} left, {n_fmt}/{total_fmt}{postfix}"
+NARROW_BAR = "{percentage:.0f}%, {remaining} left: {desc}, {n_fmt}/{total_fmt}{postfix}"  # what is cut off comes last
 
 
 class Progress:

@@ -27,6 +27,7 @@ JPEG_QUALITY = 88
 MOST_SIDE = 1024  # pixels of a photo inside the page
 MAP_CELLS = 64  # per side, of the values that are read out under the pointer
 MOST_POINTS = 300  # of a line
+COLOURS = 6  # of lines, as the style sheet has them
 LEFT, RIGHT, TOP, BOTTOM = 52, 336, 10, 202  # of a chart's area, in the units of its drawing
 
 
@@ -85,10 +86,11 @@ class Group:
 
 @dataclass(frozen=True)
 class LayerMap:
-    """Values (H, W) in 0…1 over the photo, read out under the pointer."""
+    """Values (H, W) from 0 up over the photo, and their ranks (H, W) in 0…1, both read out under the pointer."""
 
     title: str
     values: np.ndarray
+    ranks: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,8 @@ def render(report: Report) -> str:
     return environment.get_template("report.html.jinja").render(
         report=report,
         groups=_groups(report),
-        charts=[_drawn(chart) for chart in report.charts],
-        maps=[_cells(layer.values) for layer in report.maps],
+        charts=_charts(report),
+        maps=[_cells(layer) for layer in report.maps],
         ids={name: f"picture-{number}" for number, name in enumerate(pictures)},
         uris={name: _uri(*picture.encoded) for name, picture in pictures.items()},
         files={name: f"{name}.{picture.encoded[1]}" for name, picture in pictures.items()},
@@ -228,15 +230,29 @@ def _stops() -> list[str]:
     return [matplotlib().colors.to_hex(colormap(HEAT)(value)) for value in np.linspace(0, 1, 9)]
 
 
-def _cells(values: np.ndarray) -> dict[str, Any]:
-    """A map as whole per cents on at most `MAP_CELLS` cells a side, each the mean of what it covers."""
-    rows, columns = (min(MAP_CELLS, side) for side in values.shape)
-    parts = [np.array_split(strip, columns, axis=1) for strip in np.array_split(np.asarray(values), rows)]
-    per_cent = [round(100 * float(part.mean())) for strip in parts for part in strip]
-    return {"rows": rows, "columns": columns, "values": per_cent}
+def _cells(layer: LayerMap) -> dict[str, Any]:
+    """A map on at most `MAP_CELLS` cells a side, each the mean of what it covers; ranks in whole per cents."""
+    rows, columns = (min(MAP_CELLS, side) for side in layer.values.shape)
+    values = [float(f"{value:.3g}") for value in _means(layer.values, rows, columns)]
+    per_cent = [round(100 * value) for value in _means(layer.ranks, rows, columns)]
+    return {"rows": rows, "columns": columns, "values": values, "ranks": per_cent}
 
 
-def _drawn(chart: Chart) -> dict[str, Any]:
+def _means(values: np.ndarray, rows: int, columns: int) -> list[float]:
+    """Means of the rows × columns parts of a map that are as equal as can be, row by row."""
+    starts = [np.arange(parts) * side // parts for parts, side in zip((rows, columns), values.shape, strict=True)]
+    sums = np.add.reduceat(np.add.reduceat(np.asarray(values, float), starts[0], axis=0), starts[1], axis=1)
+    sides = [np.diff(start, append=side) for start, side in zip(starts, values.shape, strict=True)]
+    return (sums / np.outer(*sides)).ravel().tolist()
+
+
+def _charts(report: Report) -> list[dict[str, Any]]:
+    """Every chart as it is drawn; a line has one colour in all of them."""
+    names = list(dict.fromkeys(name for chart in report.charts for name in chart.lines))
+    return [_drawn(chart, {name: number % COLOURS for number, name in enumerate(names)}) for chart in report.charts]
+
+
+def _drawn(chart: Chart, colours: Mapping[str, int]) -> dict[str, Any]:
     """A chart's lines and ticks in the units of its drawing."""
     lines = {name: _thinned(x, y) for name, (x, y) in chart.lines.items()}
     all_x = np.concatenate([x for x, _ in lines.values()] or [np.zeros(1)])
@@ -258,9 +274,14 @@ def _drawn(chart: Chart) -> dict[str, Any]:
         "title": chart.title,
         "x_label": chart.x_label,
         "note": chart.note,
+        "file": f"{chart.title}.svg",
         "alt": f"{chart.title} by {chart.x_label}: {ends}",
         "lines": [
-            {"name": name, "points": " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(place_x(x), place_y(y), strict=True))}
+            {
+                "name": name,
+                "colour": colours[name],
+                "points": " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(place_x(x), place_y(y), strict=True)),
+            }
             for name, (x, y) in lines.items()
         ],
         "x_ticks": [{"at": round(float(place_x(x)), 1), "text": f"{x:g}"} for x in _ticks(x_low, x_high)],

@@ -51,6 +51,21 @@ def descent_table(folders: Mapping[str, Path]) -> Table:
     )
 
 
+def naturalness_table(natural: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """Loss of a photo by layer, and its percentile among held-out images where a checkpoint knows theirs."""
+    rows = [
+        [layer, f"{found['loss']:.4g}", "–" if found["percentile"] is None else f"{found['percentile']:.0f} %"]
+        for layer, found in natural.items()
+    ]
+    note = (
+        "Loss of the language models over the photo, scaled and cropped as for training: the lower, the more natural. "
+        "The last column says how many of the images that the checkpoint held out have a lower loss"
+    )
+    known = any(found["percentile"] is not None for found in natural.values())
+    note += "." if known else ", where it keeps their losses."
+    return Table("How natural the photo is", ["layer", "loss", "held-out images below"], rows, note)
+
+
 LOSSES = {  # of log.csv, as a chart names them
     "training": "training_loss",
     "held out": "validation_loss",

@@ -15,6 +15,8 @@ from pipeline.images import read_rgb, write_png
 from pipeline.networks import WeightsChoice
 from pipeline.report import Comparison, Group, LayerMap, Picture, Report, heat_map
 
+Natural = Mapping[str, Mapping[str, float | None]]  # loss and percentile of a photo, by the title of a layer
+
 
 @dataclass(frozen=True)
 class LayerResult:
@@ -42,6 +44,13 @@ def layer_results(detector: Detector, rgb: np.ndarray) -> list[LayerResult]:
     raws = detector.unnaturalness(rgb)
     layers = {name: detector.readings[name].layer for name in raws}
     return [LayerResult(f"{backbone.name} {layers[n]}", raw, backbone.stride(layers[n])) for n, raw in raws.items()]
+
+
+def naturalness_of(detector: Detector, rgb: np.ndarray) -> Natural:
+    """How natural every layer that a detector reads finds a photo (H, W, 3) uint8, by its title on the page."""
+    name = detector.backbone.architecture.name
+    found = detector.naturalness(rgb)
+    return {f"{name} {detector.readings[reading].layer}": values for reading, values in found.items()}
 
 
 def write_layer_maps(folder: Path, layers: Sequence[LayerResult]) -> None:
@@ -100,6 +109,7 @@ def results_report(
     *,
     saliency: Path | None = None,
     layers: Sequence[LayerResult] = (),
+    natural: Natural | None = None,
     reconstructions: Mapping[str, Path] | None = None,
     log: Path | None = None,
 ) -> Report:
@@ -108,6 +118,7 @@ def results_report(
     Args:
         name: of the photo, for titles and downloads.
         saliency: map (.npy) of stage 5, with its pictures beside it.
+        natural: what `Detector.naturalness` says of layers by title.
         reconstructions: folders of stage 4 by title.
         log: log.csv of stage 3.
     """
@@ -134,7 +145,12 @@ def results_report(
         pictures = [_layer_picture(name, layer, *photo.shape[:2]) for layer in layers]
         report.comparisons += [Comparison(shown, picture, aligned=True) for picture in pictures]
         report.groups.append(Group("Unnaturalness of every layer", pictures, OWN_SCALES))
-        report.maps = [LayerMap(of.title, on_photo(ranks(of.raw), *photo.shape[:2], of.stride)) for of in layers]
+        report.maps = [
+            LayerMap(of.title, *(on_photo(values, *photo.shape[:2], of.stride) for values in (of.raw, ranks(of.raw))))
+            for of in layers
+        ]
+    if natural:
+        report.tables.append(report_parts.naturalness_table(natural))
     if log is not None:
         report.charts = report_parts.training_charts(log) + report.charts
     return report
@@ -145,7 +161,7 @@ GUIDE = {  # what is in a folder of results, for README.txt
     "figure.png": "the same as one picture",
     "saliency/*-overlay.png": "where people look, over the photo",
     "saliency/*.npy": "the saliency map in 0…1, and the unnaturalness map it is made of",
-    "unnaturalness/": "errors of the language models of every layer; .png show their square root",
+    "unnaturalness/": "errors of the language models of every layer; .png: square root, each to its own largest",
     "reconstructions/": "a folder for each descent: reconstruction.png, curves.csv, parameters.json",
 }
 WORKSPACE = {  # what is in a workspace of all stages

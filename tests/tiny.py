@@ -11,7 +11,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -116,13 +116,23 @@ def _prepare(stage: str, argv: list[str]) -> None:
     classifier.find_weights = lambda: None
 
 
-def _run(stage: str, argv: list[str], root: str, output: str, accident: Accident, environment: dict[str, str]) -> None:
+def _run(
+    stage: str,
+    argv: list[str],
+    root: str,
+    output: str,
+    accident: Accident,
+    environment: dict[str, str],
+    before: Callable[[], object] | None,
+) -> None:
     with Path(output).open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ.update(environment)
     _prepare(stage, argv)
+    if before is not None:
+        before()
     if accident.largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (accident.largest_file, resource.RLIM_INFINITY))
     watch = _Watch(root, accident)
@@ -152,12 +162,13 @@ def start(
     output: Path,
     accident: Accident = Accident(),  # noqa: B008
     environment: Mapping[str, str] | None = None,
+    before: Callable[[], object] | None = None,
 ) -> BaseProcess:
-    """Start a stage in a process of its own; its output goes to a file."""
+    """Start a stage in a process of its own, which first calls `before`; its output goes to a file."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.tiny"])
     process = context.Process(
-        target=_run, args=(stage, argv, str(root), str(output), accident, dict(environment or {}))
+        target=_run, args=(stage, argv, str(root), str(output), accident, dict(environment or {}), before)
     )
     process.start()
     return process
@@ -172,7 +183,7 @@ def run(
 ) -> tuple[int, str, int]:
     """Run a stage to its end: exit code (negative: a signal), output, how often it changed a file of `root`."""
     process = start(stage, argv, root, output, accident)
-    process.join(120)
+    process.join(300)
     assert process.exitcode is not None, "it hangs"
     count = Path(f"{output}.count")
     touched = int(count.read_text()) if count.is_file() else 0
@@ -186,6 +197,7 @@ def start_ranks(
     argv: list[str],
     root: Path,
     accidents: Mapping[int, Accident] | None = None,
+    before: Callable[[], object] | None = None,
 ) -> list[BaseProcess]:
     """Start a stage in several processes that work together; the output of each goes to `root`/../rank<r>."""
     with socket.socket() as free:
@@ -202,17 +214,22 @@ def start_ranks(
         }
         accident = (accidents or {}).get(rank, Accident())
         texts = {name: str(value) for name, value in environment.items()}
-        processes.append(start(stage, argv, root, root.parent / f"rank{rank}", accident, texts))
+        processes.append(start(stage, argv, root, root.parent / f"rank{rank}", accident, texts, before))
     return processes
 
 
 def run_ranks(
-    ranks: int, stage: str, argv: list[str], root: Path, accidents: Mapping[int, Accident] | None = None
+    ranks: int,
+    stage: str,
+    argv: list[str],
+    root: Path,
+    accidents: Mapping[int, Accident] | None = None,
+    before: Callable[[], object] | None = None,
 ) -> list[tuple[int, str]]:
     """Run a stage in several processes to their end: exit code and output of each."""
-    processes = start_ranks(ranks, stage, argv, root, accidents)
+    processes = start_ranks(ranks, stage, argv, root, accidents, before)
     for process in processes:
-        process.join(120)
+        process.join(300)
         assert process.exitcode is not None, "it hangs"
     return [(p.exitcode, (root.parent / f"rank{rank}").read_text()) for rank, p in enumerate(processes)]
 

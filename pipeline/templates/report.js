@@ -1,6 +1,17 @@
 "use strict";
 for (const link of document.querySelectorAll(".download")) link.href = document.getElementById(link.dataset.picture).src;
 
+const drawn = ["fill", "stroke", "stroke-width", "stroke-dasharray", "font-size"];
+for (const link of document.querySelectorAll(".drawing")) link.addEventListener("click", () => {
+  const shown = link.closest("figure").querySelector("svg"), copy = shown.cloneNode(true);
+  const parts = [...copy.querySelectorAll("*")];
+  shown.querySelectorAll("*").forEach((part, number) => {
+    for (const name of drawn) parts[number].setAttribute(name, getComputedStyle(part)[name]);
+  });
+  copy.style.background = getComputedStyle(link.closest("figure")).backgroundColor;
+  link.href = "data:image/svg+xml," + encodeURIComponent(new XMLSerializer().serializeToString(copy));
+});
+
 for (const table of document.querySelectorAll(".sortable")) {
   const heads = [...table.querySelectorAll("thead th")];
   const number = (text) => parseFloat(text.replace("−", "-"));
@@ -35,10 +46,12 @@ if (viewer) {
     stage.style.setProperty("--x", 100 * at[0] + "%");
     stage.style.setProperty("--y", 100 * at[1] + "%");
     if (!cross.hidden) viewer.querySelectorAll(".readout dd").forEach((place, number) => {
-      const { rows, columns, values } = maps[number];
-      const value = values[Math.floor(at[1] * rows) * columns + Math.floor(at[0] * columns)];
-      place.firstElementChild.value = value;
-      place.lastElementChild.textContent = value + " %";
+      const { rows, columns, values, ranks } = maps[number];
+      const cell = Math.floor(at[1] * rows) * columns + Math.floor(at[0] * columns);
+      const [meter, rank, value] = place.children;
+      meter.value = ranks[cell];
+      rank.textContent = ranks[cell] + " %";
+      value.textContent = values[cell];
     });
   };
   const choose = (radio) => {

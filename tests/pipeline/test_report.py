@@ -3,11 +3,13 @@
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from pipeline.report import Chart, Comparison, Group, LayerMap, Picture, Report, Table, render, write
+from pipeline.report import Chart, Comparison, Group, LayerMap, Picture, Report, Table, _means, render, write
 from tests.browser import CHROMIUM, DRIVER, Browser
 from tests.conftest import make_photo
 
@@ -31,7 +33,10 @@ def example(name: str = "photo") -> Report:
         lead=[f"Maps of {name}."],
         unfinished=f"{name} is not finished.",
         comparisons=[Comparison(photo, saliency, aligned=True), Comparison(photo, small)],
-        maps=[LayerMap("vgg16 conv5_3", heat(300, 400)), LayerMap(f"alexnet {name}", 1 - heat(6, 8))],
+        maps=[
+            LayerMap("vgg16 conv5_3", 7 * heat(300, 400), heat(300, 400)),
+            LayerMap(f"alexnet {name}", 2 - 2 * heat(6, 8), 1 - heat(6, 8)),
+        ],
         groups=[Group(f"Maps of {name}", [photo, saliency, small], note=name)],
         charts=[
             Chart("loss", {"vlm": (range(900), 2 - np.arange(900) / 1000), name: (range(9), [1e-3] * 9)}, log=True),
@@ -86,9 +91,9 @@ def test_the_page_holds_all_it_needs() -> None:
 def test_every_picture_stands_once_and_can_be_downloaded() -> None:
     page = render(example())
     pictures = [a["id"] for tag, a in tags(page) if tag == "img" and "id" in a]
-    links = {a["data-picture"]: a["download"] for tag, a in tags(page) if tag == "a"}
+    links = {a["data-picture"]: a["download"] for tag, a in tags(page) if tag == "a" and a["class"] == "download"}
     assert sorted(links) == sorted(pictures) and len(set(links.values())) == 3
-    assert page.count("data:image/") == 3, "twice inside would make the page twice as large"
+    assert page.count('src="data:image/') == 3, "twice inside would make the page twice as large"
 
 
 def test_pictures_that_no_group_names_get_one() -> None:
@@ -101,6 +106,13 @@ def test_a_large_photo_stays_small_on_the_page() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (2000, 3000, 3), np.uint8)
     large = Picture("large", "large", noise, "noise")
     assert len(large.encoded[0]) < 2_000_000
+
+
+def test_cells_are_the_means_of_what_they_cover() -> None:
+    values = np.arange(5 * 7, dtype=float).reshape(5, 7)
+    expected = [values[a:b, c:d].mean() for a, b in ((0, 2), (2, 5)) for c, d in ((0, 2), (2, 4), (4, 7))]
+    assert _means(values, 2, 3) == pytest.approx(expected)
+    assert _means(values, 5, 7) == values.ravel().tolist()
 
 
 def test_an_empty_report_is_a_page() -> None:
@@ -165,6 +177,8 @@ def test_layers_are_read_out_where_the_pointer_is(page: Browser) -> None:
     page.command("POST", "/actions", {"actions": [pointer]})
     rising, falling = read()
     assert rising == pytest.approx(90, abs=3) and falling == pytest.approx(10, abs=10)
+    errors = page.run("return [...document.querySelectorAll('.readout dd span')].map(s => Number(s.textContent))")
+    assert errors == [pytest.approx(7 * rising / 100, abs=0.1), pytest.approx(2 * falling / 100, abs=0.1)]
     page.press(".stage", *["\ue012"] * 10)  # arrow left
     assert read()[0] == pytest.approx(70, abs=4)
 
@@ -183,6 +197,21 @@ def test_tables_are_sorted(page: Browser) -> None:
 def test_downloads_hold_the_pictures(page: Browser) -> None:
     same = "return [...document.querySelectorAll('.download')].every(a => a.href === document.getElementById("
     assert page.run(same + "a.dataset.picture).src)")
+
+
+def test_curves_can_be_downloaded_as_they_are_seen(page: Browser) -> None:
+    page.run("document.addEventListener('click', (event) => event.preventDefault())")  # keep the file out of the way
+    page.click(".drawing")
+    link = page.run("const a = document.querySelector('.drawing'); return [a.href, a.download]")
+    drawing = ElementTree.fromstring(unquote(link[0].removeprefix("data:image/svg+xml,")))
+    line = drawing.find(".//{http://www.w3.org/2000/svg}polyline")
+    assert link[1] == "loss.svg" and line.get("stroke").startswith("rgb(") and line.get("fill") == "none"
+
+
+def test_a_line_has_one_colour_in_all_charts() -> None:
+    both, one = Chart("a", {"with": ([1, 2], [1, 2]), "without": ([1, 2], [2, 1])}), Chart("b", {"without": ([1], [1])})
+    page = render(Report("", charts=[both, one]))
+    assert re.findall(r'class="line (line\d)"', page) == ["line0", "line1", "line1"]
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["day", "night"])
