@@ -4,8 +4,9 @@ In:  images of any size, or folders of them; ROOT/vlm.safetensors, of stage 3.
 Out: per image OUT/<name>.npy, the saliency map (H, W) in 0…1 of the image's size (float32; uint8 with --postprocess
      original), OUT/<name>.png, OUT/<name>-overlay.png, and OUT/<name>-unnaturalness.npy, the map (h-1, w-1) of the
      layer before post-processing, float64. Where several maps are added, each is
-     OUT/<name>-unnaturalness-<backbone>-<layer>.npy. OUT/<name>-naturalness.json, by map the loss of the image, scaled
-     and cropped as for training, and its percentile among the images that the checkpoint held out, where it keeps that.
+     OUT/<name>-unnaturalness-<backbone>-<layer>.npy. With --naturalness OUT/<name>-naturalness.json, by map the loss of
+     the image, scaled and cropped as for training, and its percentile among the images that the checkpoint held out,
+     where it keeps that.
 
     python saliency.py photo.jpg photos/ --preset vgg16 --layer conv5_3
     python saliency.py photo.jpg --vlm models/pretrained/vgg16.safetensors models/pretrained/alexnet.safetensors
@@ -43,10 +44,12 @@ def make_maps(
     facts: artefacts.Facts,
     max_side: int | None,
     overwrite: bool,
+    naturalness: bool = False,
 ) -> int:
     """Saliency maps of image files, under their names in `out`; returns how many could not be made.
 
-    While the CNN sees an image, the next one is read and the maps of the one before are written.
+    While the CNN sees an image, the next one is read and the maps of the one before are written. `naturalness` of each
+    image is written too, which takes another pass of the CNN over a small picture.
 
     Raises:
         NoRoomError: the disk is full.
@@ -72,7 +75,8 @@ def make_maps(
         """The unnaturalness maps of an image, and how natural it is."""
         if rgb is None:
             return None
-        losses = {name: found for detector in detectors for name, found in detector.naturalness(rgb).items()}
+        judges = detectors if naturalness else ()
+        losses = {name: found for detector in judges for name, found in detector.naturalness(rgb).items()}
         return rgb, [detector.unnaturalness(rgb) for detector in detectors], losses
 
     def write(name: str, found: Found | None) -> str:
@@ -83,7 +87,8 @@ def make_maps(
         raws = {reading: raw for maps in of_detectors for reading, raw in maps.items()}
         finish = {reading: detector.saliency for detector in detectors for reading in detector.readings}
         saliency = combined([finish[reading](reading, raw, *rgb.shape[:2]) for reading, raw in raws.items()])
-        artefacts.write_json(out / f"{name}{NATURALNESS}.json", losses)
+        if losses:
+            artefacts.write_json(out / f"{name}{NATURALNESS}.json", losses)
         write_maps(out, name, rgb, raws, saliency, described.pop(name))
         return f"{rgb.shape[1]}×{rgb.shape[0]}"
 
@@ -133,6 +138,7 @@ def get_parser() -> options.Parser:
     )
     parser.add_argument("--max-side", type=options.positive, help="shrink larger images to this side, to save memory")
     options.add_image_options(parser)
+    parser.add_argument("--naturalness", action="store_true", help="write how natural each image is (a tenth slower)")
     options.add_postprocess_options(parser)
     parser.add_argument("--out", type=options.writable_folder, help="folder (default: ROOT/saliency)")
     return parser
@@ -201,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
             "maps": list(of_readings),
             **{f"{name} {key}": value for name, facts in of_readings.items() for key, value in facts.items()},
             **{key: getattr(args, key) for key in ("max_side", "power", "blur", "postprocess")},
-            **({"centre_prior": args.centre_prior} if args.centre_prior else {}),
+            **{key: getattr(args, key) for key in ("centre_prior", "naturalness") if getattr(args, key)},
             **options.image_facts(),
         }
         mine, failed = dict(distributed.share(list(files.items()))), 0
@@ -209,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
             failed += len(problems)
             for problem in problems:
                 print(f"saliency.py: {problem}", file=sys.stderr)
-        failed += make_maps(detectors, mine, out, facts, args.max_side, args.overwrite)
+        failed += make_maps(detectors, mine, out, facts, args.max_side, args.overwrite, args.naturalness)
         failed = round(distributed.total(failed))
     done, made = len(files) + len(problems) - failed, " + ".join(of_readings)
     print(f"{out}: {done} saliency map{'' if done == 1 else 's'} of {made}" + (f", {failed} failed" if failed else ""))

@@ -1,13 +1,14 @@
 """From an image to the unnaturalness map of a layer, and from that to a saliency map of the image's size."""
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.ndimage import gaussian_filter
-from torch import Tensor, from_numpy
+from scipy.ndimage import gaussian_filter, gaussian_filter1d
+from torch import Tensor
 
 from models.backbones import Backbone
 from models.errors import UserError
@@ -60,7 +61,7 @@ def feature_contrast(features: Tensor) -> Tensor:
     values = features[0].cpu().numpy()
     height, width = values.shape[1:]
     blurred = gaussian_filter(values, (0, CONTRAST_BLUR * height, CONTRAST_BLUR * width))
-    return from_numpy(np.abs(values - blurred).sum(axis=0, dtype=np.float64))[None]
+    return torch.from_numpy(np.abs(values - blurred).sum(axis=0, dtype=np.float64))[None]
 
 
 def centred(saliency: np.ndarray, sigma: float) -> np.ndarray:
@@ -91,8 +92,18 @@ def postprocess(
     `postprocess_original` without its rounding to bytes.
     """
     values = to_unit(powered(unnaturalness, power))
-    enlarged = F.interpolate(from_numpy(values)[None, None], scale_factor=stride, mode="bilinear")[0, 0].numpy()
-    return to_unit(blur_to_image(pad_to(enlarged, height, width), blur))
+    strides = (stride, stride) if isinstance(stride, int) else stride
+    down, across = map(enlargement, values.shape, (height, width), strides, (blur, blur))
+    return to_unit(down @ values @ across.T)
+
+
+@lru_cache(16)
+def enlargement(cells: int, size: int, stride: int, blur: float) -> np.ndarray:
+    """Matrix (size, cells): enlarging, padding and blurring along one side, which are linear."""
+    unit = torch.eye(cells, dtype=torch.float64)[None]  # (1, cells, cells)
+    enlarged = F.interpolate(unit, scale_factor=float(stride), mode="linear")[0].T.numpy()
+    padded = pad_to(enlarged, size, cells)
+    return gaussian_filter1d(padded, blur * size, axis=0) if blur else padded
 
 
 def postprocess_original(

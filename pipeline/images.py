@@ -31,6 +31,7 @@ from pipeline.scaling import area_scale
 STORED_SIZE = 256  # side of the training images (paper's code)
 MOST_BYTES = 1 << 30  # of an image file, more than any within Pillow's limit of pixels needs
 LARGE = 20_000_000  # pixels from which on images are decoded one after the other, however many threads there are
+PNG_LEVEL = 1  # of zlib: Pillow's 6 takes five times as long for some per cent of the bytes
 LONGEST_NAME = 200  # bytes of an output's name: file systems allow 255, and suffixes follow
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # here, since doing so around each call is not safe with threads
@@ -226,7 +227,7 @@ def limit_side(rgb: np.ndarray, max_side: int | None) -> np.ndarray:
 def write_png(path: Path, pixels: np.ndarray) -> None:
     """Write (H, W) or (H, W, 3) uint8 as PNG, atomically."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=PNG_LEVEL)
     artefacts.write_bytes(path, buffer.getvalue())
 
 

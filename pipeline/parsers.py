@@ -87,7 +87,7 @@ SECTIONS = {  # of --help, by the option's name
     ),
     **dict.fromkeys(
         "out root overwrite verbose snapshot_every log_every checkpoint_every grid power blur centre_prior postprocess "
-        "first last dry_run".split(),
+        "naturalness first last dry_run".split(),
         "output",
     ),
     **dict.fromkeys("device processes gflops".split(), "machine"),

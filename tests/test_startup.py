@@ -36,6 +36,17 @@ def test_help_imports_nothing_slow(command: list[str]) -> None:
     assert len(result.stdout.splitlines()) <= SCREEN_AND_A_HALF or command[0].startswith("benchmarks")
 
 
+def test_the_geometry_of_a_chain_needs_no_compiler() -> None:
+    """Which PyTorch imports for two seconds where its own layers are run without data."""
+    code = (
+        "import sys; from models.backbones import find_architecture as find; found = find('vgg16'); found.survey(); "
+        "assert found.grid('conv5_3', 600, 800) == (37, 50) and found.channels('fc8') == 1000; "
+        "assert not {'torch._dynamo', 'torchvision'} & sys.modules.keys()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
 def test_every_option_stands_in_a_section_of_help() -> None:
     for name in [path.stem for path in sorted(ROOT.glob("*.py"))]:
         parser = importlib.import_module(name).get_parser()

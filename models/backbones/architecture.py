@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from models.backbones.taps import ModuleReader, Reader
+from models.backbones.taps import ModuleReader, Reader, shapes_alone
 from models.errors import UserError
 from models.weights.origin import Origin
 
@@ -53,8 +53,9 @@ class Architecture:
 
     @cached_property
     def skeleton(self) -> nn.Module:
-        """The network on the meta device, in evaluation mode."""
-        return self.make().eval()
+        """The network on the meta device, in evaluation mode, to measure shapes with."""
+        network = self.make().eval()
+        return shapes_alone(network) if isinstance(self.reader, ModuleReader) else network
 
     def make(self) -> nn.Module:
         """A network of its own, on the meta device: its parameters have shapes and no values."""
@@ -174,7 +175,7 @@ class Architecture:
         if layer == "data":
             return 0
         with FlopCounterMode(display=False) as counter:
-            self._run([layer], height, width)
+            self._run([layer], height, width, self.make().eval())
         return counter.get_total_flops()
 
     def minimum_size(self, layer: str, grid: int = 2) -> int:
@@ -240,12 +241,14 @@ class Architecture:
             self._shapes[key] = () if value is None or 0 in value.shape else tuple(value.shape)
         return self._shapes[key]
 
-    def _run(self, layers: Collection[str], height: int, width: int) -> dict[str, Tensor]:
-        """Taps of one image without data; empty where the network refuses it."""
+    def _run(
+        self, layers: Collection[str], height: int, width: int, network: nn.Module | None = None
+    ) -> dict[str, Tensor]:
+        """Taps of one image without data; empty where the network (default: the skeleton) refuses it."""
         x = torch.empty(1, 3, height, width, device="meta")
         try:
             with _one_run, torch.no_grad():
-                return self.reader.read(self.skeleton, x, layers)
+                return self.reader.read(network or self.skeleton, x, layers)
         except REFUSALS:
             return {}
 

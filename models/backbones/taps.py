@@ -20,6 +20,27 @@ class Found(Exception):  # noqa: N818 (no error)
     """The last value asked for is there: what is deeper need not be computed."""
 
 
+class _Units(nn.Linear):
+    """A fully connected layer that gives the shape of its result and no values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, units read) -> (…, units)."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"{x.shape[-1]} units are not {self.in_features}")
+        return x.new_empty(*x.shape[:-1], self.out_features)
+
+
+# Of these the meta device knows no shapes but through PyTorch's compiler, which takes two seconds to import.
+_SHAPES = {nn.Linear: _Units, nn.ReLU: nn.Identity, nn.ReLU6: nn.Identity, nn.Dropout: nn.Identity}
+
+
+def shapes_alone(network: nn.Module) -> nn.Module:
+    """The network itself, in which plain layers keep their names, parameters and shapes, and compute no values."""
+    for module in network.modules():
+        module.__class__ = _SHAPES.get(type(module), type(module))
+    return network
+
+
 class ModuleReader:
     """Every module is a tap, by its name; one that is run several times is read at its first run."""
 

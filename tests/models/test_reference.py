@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.testing import assert_allclose
 from PIL import Image
 from torch import nn
 
@@ -405,6 +406,19 @@ def test_saliency_postprocessing_byte_for_byte(case: str) -> None:
     assert np.array_equal(final, vectors[f"{case}_final"])
     by_floats = unnaturalness.postprocess(raw, height, width, stride=16)
     assert np.abs(by_floats * 255 - vectors[f"{case}_final"]).max() < 1.5  # what the rounding to bytes costs
+
+
+@pytest.mark.parametrize(("size", "stride"), [((90, 131), 16), ((47, 80), (8, 4)), ((30, 33), 8)])
+def test_saliency_postprocessing_step_by_step(size: tuple[int, int], stride: int | tuple[int, int]) -> None:
+    """Enlarged, padded or cropped, and blurred one after the other: what two products of matrices do at once."""
+    raw = np.random.default_rng(0).random((5, 8))
+    for blur in (0.03, 0.0):
+        found = unnaturalness.postprocess(raw, *size, stride, power=0.7, blur=blur)
+        values = torch.from_numpy(unnaturalness.to_unit(raw**0.7))[None, None]
+        scale = float(stride) if isinstance(stride, int) else tuple(map(float, stride))
+        enlarged = F.interpolate(values, scale_factor=scale, mode="bilinear")[0, 0].numpy()
+        blurred = unnaturalness.blur_to_image(unnaturalness.pad_to(enlarged, *size), blur)
+        assert_allclose(found, unnaturalness.to_unit(blurred), rtol=0, atol=1e-12)
 
 
 def bgr_backbone(mean: np.ndarray) -> Backbone:
