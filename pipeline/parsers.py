@@ -57,7 +57,8 @@ class Parser(argparse.ArgumentParser):
             return super().format_help()
         formatter = self._get_formatter()
         positionals = [action for action in self._actions if not action.option_strings]
-        names = [f"[{a.metavar}]" if a.nargs in ("?", "*") else f"{a.metavar}" for a in positionals]
+        called = {a: a.metavar or a.dest.upper() for a in positionals}
+        names = [f"[{name}]" if a.nargs in ("?", "*") else f"{name}" for a, name in called.items()]
         formatter.add_text(" ".join([f"usage: {self.prog}", "[options]", *names]))
         formatter.add_text(self.description)
         for title in dict.fromkeys(SECTIONS.values()):
@@ -82,7 +83,7 @@ SECTIONS = {  # of --help, by the option's name
     ),
     **dict.fromkeys(
         "descent iterations reconstruction_iterations batch_size joint_learning_rate learning_rate momentum decay_at "
-        "decay_factor precision restarts start_noise frequency_exponent decorrelate in_turn seed".split(),
+        "decay_factor precision restarts start_noise frequency_exponent decorrelate in_turn".split(),
         "descent",
     ),
     **dict.fromkeys(
@@ -90,7 +91,7 @@ SECTIONS = {  # of --help, by the option's name
         "naturalness first last dry_run".split(),
         "output",
     ),
-    **dict.fromkeys("device processes gflops".split(), "machine"),
+    **dict.fromkeys("device processes gflops seed".split(), "machine"),
 }
 METAVARS = {"positive": "N", "natural": "N", "positive_number": "X", "non_negative_number": "X", "fraction": "X"}
 METAVARS |= {"readable_file": "FILE", "writable_file": "FILE", "folder": "FOLDER", "writable_folder": "FOLDER"}

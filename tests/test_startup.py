@@ -55,6 +55,7 @@ def test_every_option_stands_in_a_section_of_help() -> None:
             shown = {action.dest for action in command._actions} - {"help"}
             assert shown <= parsers.SECTIONS.keys()
             told = command.format_help()
+            assert "None" not in told.partition("\n")[0], "a usage without the name of what is to be given"
             assert all(
                 action.option_strings[0] in told
                 for action in command._actions
