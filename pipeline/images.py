@@ -8,7 +8,6 @@ import hashlib
 import io
 import logging
 import os
-import stat
 import sys
 import threading
 import warnings
@@ -24,7 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from models.errors import UserError
 from pipeline import array_files, artefacts, decoding, listing, ownership
-from pipeline.paths import user_path
+from pipeline.paths import IS_EMPTY, problem_of, user_path
 from pipeline.program import printable
 from pipeline.scaling import area_scale
 
@@ -89,7 +88,7 @@ def tell(name: str, what: str) -> None:
 def readable(files: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
     """The files that can be decoded to their end, and why the others cannot."""
 
-    def problem_of(file: Path) -> str:
+    def refusal(file: Path) -> str:
         try:
             read_rgb(file)
         except UserError as error:
@@ -97,24 +96,16 @@ def readable(files: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
         return ""
 
     with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1) or 1) as pool:
-        found = dict(zip(files, pool.map(problem_of, files), strict=True))
+        found = dict(zip(files, pool.map(refusal, files), strict=True))
     return [file for file in files if not found[file]], {file: problem for file, problem in found.items() if problem}
 
 
 def check_file(path: Path, name: str | None = None) -> None:
     """Raise a UserError where `path` is no file that an image could be, before anything is opened."""
     name = name or printable(str(path))
-    try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{name} does not exist: give another file") from None
-    except (OSError, ValueError) as error:  # without permission, a link to itself, a name that is too long
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{name} cannot be read: {reason.lower()}") from None
-    if not stat.S_ISREG(status.st_mode):
-        what = "is a folder" if stat.S_ISDIR(status.st_mode) else "is no regular file"
-        raise UserError(f"{name} {what}: give an image file")
-    check_bytes(status.st_size, name)
+    if problem_of(path) not in ("", IS_EMPTY):
+        raise UserError(f"{name} {problem_of(path)}: give another file")
+    check_bytes(path.stat().st_size, name)
     try:
         path.open("rb").close()
     except OSError as error:

@@ -1,12 +1,11 @@
 """Which files count as images: one listing for all stages and for the evaluation."""
 
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import decoding, ownership
+from pipeline.paths import IS_FOLDER, problem_of
 
-IS_FOLDER = "is a folder"
 NO_IMAGE = "is no image, by its name and its first bytes"
 HEAD = 32  # bytes that tell a format
 
@@ -57,21 +56,6 @@ def _below(folder: Path, ours_too: bool) -> Iterator[tuple[Path, str]]:
                 waiting.append(path)
             else:
                 yield path, problem or ("" if _is_image(path) else NO_IMAGE)
-
-
-def problem_of(path: Path) -> str:
-    """Why a path cannot be an image, as far as that is known without opening it."""
-    try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return "does not exist"
-    except (OSError, ValueError) as error:
-        return f"cannot be read: {(getattr(error, 'strerror', None) or str(error)).lower()}"
-    if stat.S_ISDIR(status.st_mode):
-        return IS_FOLDER
-    if not stat.S_ISREG(status.st_mode):
-        return "is not a regular file"
-    return "" if status.st_size else "is empty"
 
 
 def _is_image(path: Path) -> bool:

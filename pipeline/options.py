@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from models.errors import UserError
 from pipeline import ownership, parsers
 from pipeline.parsers import HelpFormatter, Parser
-from pipeline.paths import user_path
+from pipeline.paths import IS_EMPTY, problem_of, user_path
 from pipeline.presets import DEFAULTS, PRESETS, Stage
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -140,39 +140,41 @@ def fraction(text: str) -> float:
     return _checked(value, 0 <= value < 1, text, "in [0, 1)")
 
 
-def _kind(text: str) -> int:
-    """stat's type of what stands at a path, 0 for nothing there."""
+def _path(text: str) -> Path:
+    """The path that a user means, if it can be one."""
     try:
         path = user_path(text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if any(len(os.fsencode(part)) > LONGEST_PART for part in Path(text).parts):
         raise argparse.ArgumentTypeError(f"{text[:80]!r}… has a name of more than {LONGEST_PART} bytes")
+    return path
+
+
+def _kind(text: str) -> int:
+    """stat's type of what stands at a path, 0 for nothing there."""
+    path = _path(text)
     try:
         return stat.S_IFMT(path.stat().st_mode)
     except FileNotFoundError:
         return 0
     except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be used: {_reason(error)}") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be used: {reason}") from None
 
 
 def _may(path: str | Path, mode: int) -> bool:
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
 def readable_file(text: str) -> Path:
     """argparse type: a file that is there and may be read."""
-    kind = _kind(text)
-    if kind != stat.S_IFREG:
-        what = "does not exist" if not kind else "is a folder" if kind == stat.S_IFDIR else "is no regular file"
-        raise argparse.ArgumentTypeError(f"{text!r} {what}: give a file")
-    if not _may(user_path(text), os.R_OK):
+    path = _path(text)
+    if (problem := problem_of(path)) not in ("", IS_EMPTY):
+        raise argparse.ArgumentTypeError(f"{text!r} {problem}: give a file")
+    if not _may(path, os.R_OK):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be read: permission denied")
-    ownership.reading(path := user_path(text))
+    ownership.reading(path)
     return path
 
 

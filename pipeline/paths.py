@@ -1,9 +1,12 @@
 """One way from what a user wrote to a path: for reading, writing, locking and recording."""
 
 import os
+import stat
 from pathlib import Path
 
 from models.errors import UserError
+
+IS_FOLDER, IS_EMPTY = "is a folder", "is empty"
 
 
 def user_path(text: str | Path) -> Path:
@@ -29,3 +32,18 @@ def beside(path: Path, prefix: str, suffix: str) -> Path:
     """A hidden companion of a place, in the folder that holds it; the top folder holds its own."""
     place = real(path)
     return place.parent / f"{prefix}{place.name}{suffix}"
+
+
+def problem_of(path: Path) -> str:
+    """Why a path is no file with contents, as far as that is known without opening it; empty where it may be one."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return "does not exist"
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {(getattr(error, 'strerror', None) or str(error)).lower()}"
+    if stat.S_ISDIR(status.st_mode):
+        return IS_FOLDER
+    if not stat.S_ISREG(status.st_mode):
+        return "is not a regular file"
+    return "" if status.st_size else IS_EMPTY

@@ -20,7 +20,7 @@ from models.errors import UserError
 from models.randomness import seed_for
 from pipeline import decoding, listing, ownership, tars
 from pipeline.images import MOST_BYTES, check_bytes, read_rgb
-from pipeline.paths import user_path
+from pipeline.paths import problem_of, user_path
 from pipeline.presets import SAMPLES
 from pipeline.program import printable
 
@@ -210,8 +210,8 @@ def _line_entry(folder: Path, line: str) -> Entry:
         lambda text: text.replace("\\", "/"),
     ):
         meant += [changed for text in meant if (changed := change(text).strip()) and changed not in meant]
-    there = next((text for text in meant if not listing.problem_of(folder / text)), line)
-    return Entry(printable(there), folder / there, problem=listing.problem_of(folder / there))
+    there = next((text for text in meant if not problem_of(folder / text)), line)
+    return Entry(printable(there), folder / there, problem=problem_of(folder / there))
 
 
 def _is_tar(path: Path) -> bool:
