@@ -20,12 +20,13 @@ from pathlib import Path
 
 from models.errors import UserError
 from pipeline import artefacts, options, parsers, program
+from pipeline.networks import PRETRAINED
 from pipeline.presets import PRESETS
 
 STAGES = ("prepare_images", "extract_features", "train_vlm", "reconstruct", "saliency")
 STAGE_NUMBERS = {str(number): name for number, name in enumerate(STAGES, start=1)} | {name: name for name in STAGES}
 
-SHIPPED = Path(__file__).parent / "models" / "pretrained" / "alexnet.safetensors"
+SHIPPED = PRETRAINED / "alexnet.safetensors"
 GOES_ON = "The training of these language models went on from those that ship; its own photos are too few."
 NOT_SHARED = ("prepare_images", "reconstruct")  # stages of one process
 

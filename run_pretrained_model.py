@@ -24,12 +24,12 @@ import numpy as np
 
 from models.errors import UserError
 from pipeline import artefacts, networks, options, ownership, program
+from pipeline.networks import PRETRAINED
 
 if TYPE_CHECKING:
     from pipeline.detector import Detector
     from pipeline.results_page import LayerResult, Natural
 
-PRETRAINED = Path(__file__).parent / "models" / "pretrained"
 RECONSTRUCTION = PRETRAINED / "alexnet.safetensors"
 SALIENCY = PRETRAINED / "vgg16.safetensors"
 ASSETS = Path(__file__).parent / "assets"

@@ -21,7 +21,7 @@ import numpy as np
 from evaluation.fixation_metrics import fixations_elsewhere
 from evaluation.fixation_tables import UNKNOWN_SUBJECT, Row, csv_rows
 from evaluation.gaze import fixation_centres
-from evaluation.matlab import NAME_LENGTH, cells_of, field_of, read_matlab, variable_of
+from evaluation.matlab import NAME_LENGTH, cells_of, field_of, read_matlab
 from models.errors import UserError
 from pipeline.decoding import open_image, upright_size
 from pipeline.images import read_rgb
@@ -180,19 +180,12 @@ def _collect(path: Path, rows: Iterable[Row], stimuli: Mapping[str, tuple[int, i
     )
 
 
-def read_osie_mat(path: Path, stimuli: Mapping[str, tuple[int, int]]) -> Fixations:
+def _osie_rows(path: Path, images: Any) -> Iterator[Row]:
     """Fixations of OSIE (Xu et al., Journal of Vision 2014), its `fixations.mat`: all people, numbered from 0.
 
     Variable `fixations`: a cell array of structures per image: `img`, the file name, and `subjects`, a cell array of
     structures with `fix_x`, `fix_y` (and `fix_duration`, not used).
-
-    Raises:
-        UserError: no such file, not a MATLAB 5-7 file, damaged, built otherwise, or no image known.
     """
-    return _collect(path, _osie_rows(path, variable_of(path, "fixations")), stimuli)
-
-
-def _osie_rows(path: Path, images: Any) -> Iterator[Row]:
     for image in cells_of(path, images, "fixations"):
         name = field_of(path, image, "img", str)
         for number, person in enumerate(cells_of(path, field_of(path, image, "subjects", list), "subjects")):
@@ -203,20 +196,12 @@ def _osie_rows(path: Path, images: Any) -> Iterator[Row]:
                 yield name, number, float(column), float(row)
 
 
-def read_toronto_mat(path: Path, stimuli: Mapping[str, tuple[int, int]]) -> Fixations:
+def _toronto_rows(path: Path, maps: Any, stimuli: Mapping[str, tuple[int, int]]) -> Iterator[Row]:
     """Fixations of Toronto (Bruce & Tsotsos, NIPS 2005), its `origfixdata.mat`; the subjects are unknown.
 
     Variable `white`: a cell array of binary maps (H, W), the n-th (from 1) of the image `n.jpg`. A pixel that is not 0
     is one fixation, at the pixel's own row and column.
-
-    Raises:
-        UserError: no such file, not a MATLAB 5-7 file, damaged, built otherwise, a map of another size than its
-            image, or no image known.
     """
-    return _collect(path, _toronto_rows(path, variable_of(path, "white"), stimuli), stimuli)
-
-
-def _toronto_rows(path: Path, maps: Any, stimuli: Mapping[str, tuple[int, int]]) -> Iterator[Row]:
     names = list(stimuli)
     index = Names(names)
     for number, values in enumerate(cells_of(path, maps, "white"), start=1):

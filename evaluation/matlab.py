@@ -56,18 +56,6 @@ def read_matlab(path: Path, names: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def variable_of(path: Path, name: str) -> Any:
-    """The value of a variable that the file must have; see `read_matlab`.
-
-    Raises:
-        UserError: as there, or the file has no such variable.
-    """
-    variables = read_matlab(path, (name,))
-    if name not in variables:
-        raise UserError(f"{path} holds no variable {name}: give the data set's own file")
-    return variables[name]
-
-
 def cells_of(path: Path, value: Any, name: str) -> list:
     """A value of the file that must be a cell array; `name` says which in the UserError where it is none."""
     if not isinstance(value, list):

@@ -53,35 +53,32 @@ class Looks:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The command's options, but for those that every command has."""
-    parser.add_argument("--stimuli", type=options.folder, help="folder of the images")
-    parser.add_argument("--fixations", type=Path, help=".csv, .mat, or MIT1003's folder DATA")
-    parser.add_argument("--dataset", choices=tuple(DATASETS), help="download this data set instead")
-    parser.add_argument("--skip", type=options.natural, default=0, help="leave out the first images (default: 0)")
-    parser.add_argument("--limit", type=options.positive, help="take so many images (default: all)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--stimuli", type=options.folder, help="folder of the images")
+    add("--fixations", type=Path, help=".csv, .mat, or MIT1003's folder DATA")
+    add("--dataset", choices=tuple(DATASETS), help="download this data set instead")
+    add("--skip", type=options.natural, default=0, help="leave out the first images (default: 0)")
+    add("--limit", type=options.positive, help="take so many images (default: all)")
+    add(
         "--vlm",
         type=options.readable_file,
         nargs="+",
         default=[],
         help="checkpoints (default: those in models/pretrained)",
     )
-    parser.add_argument("--layer", nargs="+", help="layers, each a model of its own (default: the deepest trained)")
-    parser.add_argument(
+    add("--layer", nargs="+", help="layers, each a model of its own (default: the deepest trained)")
+    add(
         "--add",
         action="store_true",
         help="score the sum of all these layers' maps too, each scaled to 0…1 first: what saliency.py makes of several "
         "--vlm",
     )
-    parser.add_argument(
-        "--maps", type=options.folder, nargs="+", default=[], help="folders of .npy or grey .png, named as the stimuli"
-    )
-    parser.add_argument("--baseline", choices=tuple(BASELINES), nargs="+", default=[], help="further baselines")
+    add("--maps", type=options.folder, nargs="+", default=[], help="folders of .npy or grey .png, named as the stimuli")
+    add("--baseline", choices=tuple(BASELINES), nargs="+", default=[], help="further baselines")
     options.add_postprocess_options(parser)
     options.add_weights_options(parser)
     options.add_image_options(parser)
-    parser.add_argument(
-        "--out", type=options.writable_folder, default=Path("out/fixations"), help="folder (default: out/fixations)"
-    )
+    add("--out", type=options.writable_folder, default=Path("out/fixations"), help="folder (default: out/fixations)")
 
 
 def run(args: argparse.Namespace) -> int:

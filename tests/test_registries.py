@@ -1,6 +1,7 @@
 """A made-up backbone, recurrent cell, regulariser and metric, each one entry of a registry, go through every stage.
 
-What one touches to add one: its registry, and for a backbone in a module of its own that module too; nothing else.
+What one touches to add one: the file of its registry, and for a backbone in a module of its own that module too. Help
+texts that name the entries want a word more; nothing else knows them.
 """
 
 import json

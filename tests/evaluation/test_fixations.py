@@ -187,10 +187,10 @@ def test_osie_file(tmp_path, compressed):
     path = tmp_path / "fixations.mat"
     images = osie(("a.jpg", people), ("c.jpg", people[2:]), ("d.jpg", people[2:]))
     savemat(path, {"fixations": images}, do_compression=compressed)
-    for found in (reading.read_osie_mat(path, STIMULI), reading.read_fixations(path, STIMULI)):
-        assert found.image_index.tolist() == [0, 0, 0, 2] and found.subject.tolist() == [0, 0, 2, 0]
-        assert found.x.tolist() == [1.5, 2, 9, 9] and found.y.tolist() == [5.25, 6, 8, 8]
-        assert (found.outside, found.unknown) == (1, 1)
+    found = reading.read_fixations(path, STIMULI)
+    assert found.image_index.tolist() == [0, 0, 0, 2] and found.subject.tolist() == [0, 0, 2, 0]
+    assert found.x.tolist() == [1.5, 2, 9, 9] and found.y.tolist() == [5.25, 6, 8, 8]
+    assert (found.outside, found.unknown) == (1, 1)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, bool, np.float64])
@@ -202,23 +202,20 @@ def test_toronto_file(tmp_path, dtype):
     path = tmp_path / "origfixdata.mat"
     savemat(path, {"white": maps})
     stimuli = {"3.jpg": (4, 6), "1.jpg": (4, 6), "2.jpg": (4, 6)}
-    for found in (reading.read_toronto_mat(path, stimuli), reading.read_fixations(path, stimuli)):
-        assert found.image_index.tolist() == [1, 1, 0]
-        assert (found.x.tolist(), found.y.tolist()) == ([0, 5, 4], [1, 3, 2])
-        assert found.subject.tolist() == [-1, -1, -1] and found.images_without() == ("2.jpg",)
+    found = reading.read_fixations(path, stimuli)
+    assert found.image_index.tolist() == [1, 1, 0]
+    assert (found.x.tolist(), found.y.tolist()) == ([0, 5, 4], [1, 3, 2])
+    assert found.subject.tolist() == [-1, -1, -1] and found.images_without() == ("2.jpg",)
     with pytest.raises(UserError) as error:
-        reading.read_toronto_mat(path, stimuli | {"1.jpg": (6, 4)})
+        reading.read_fixations(path, stimuli | {"1.jpg": (6, 4)})
     assert "map 1 has 6×4 pixels and 1.jpg 4×6" in one_line(error)
 
 
 def refused(path, content):
     path.write_bytes(content)
-    messages = []
-    for reader in (reading.read_osie_mat, reading.read_toronto_mat, reading.read_fixations):
-        with pytest.raises(UserError) as error:
-            reader(path, STIMULI)
-        messages.append(one_line(error))
-    return messages[-1]
+    with pytest.raises(UserError) as error:
+        reading.read_fixations(path, STIMULI)
+    return one_line(error)
 
 
 HEADER_OF_MAT = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<H", 0x0100) + b"IM"
@@ -327,11 +324,10 @@ def test_matlab_files_of_another_form(tmp_path, variables, message):
 
 def test_missing_variable_and_missing_file(tmp_path):
     savemat(tmp_path / "x.mat", {"other": 1.0})
-    for reader in (reading.read_osie_mat, reading.read_toronto_mat):
-        with pytest.raises(UserError, match="no variable"):
-            reader(tmp_path / "x.mat", STIMULI)
-        with pytest.raises(UserError, match="does not exist"):
-            reader(tmp_path / "none.mat", STIMULI)
+    with pytest.raises(UserError, match="neither the variable fixations .* nor white"):
+        reading.read_fixations(tmp_path / "x.mat", STIMULI)
+    with pytest.raises(UserError, match="does not exist"):
+        reading.read_fixations(tmp_path / "none.mat", STIMULI)
 
 
 def test_image_sizes_are_those_of_the_pixels_read(tmp_path):
