@@ -6,19 +6,18 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
+from models.backbones import Backbone
+from models.checkpoints import listed_layers, read_tensors
 from models.errors import UserError
+from models.vlm import part_name
 from models.weights.downloads import file_hash
 from pipeline import array_files, artefacts, distributed, program
 from pipeline.views import Views
-
-if TYPE_CHECKING:
-    import torch
-
-    from models.backbones import Backbone
 
 AFRESH = "rerun extract_features.py --overwrite"
 STATE = "statistics.npz"  # of pass 1, while it runs
@@ -48,8 +47,6 @@ class Provenance:
         Raises:
             UserError: it leaves something out; `path` holds it.
         """
-        from models.checkpoints import listed_layers
-
         texts = {}
         for key in ("backbone", "weights", "weights_sha256", "images_sha256"):
             if not isinstance(value := configuration.get(key), str):
@@ -77,7 +74,7 @@ class Features:
     """
 
     stored: dict[str, np.ndarray]
-    projection: "dict[str, torch.Tensor]"
+    projection: dict[str, torch.Tensor]
     provenance: Provenance
     views: Views
     names: list[str]
@@ -110,9 +107,6 @@ def open_features(folder: Path, layers: list[str] | None) -> Features:
     Raises:
         UserError: a layer is missing, unfinished, or was projected otherwise.
     """
-    from models.checkpoints import read_tensors
-    from models.vlm import part_name
-
     path = folder / "projection.safetensors"
     names = artefacts.read_sidecar(path, "extract_features.py").get("names")
     tensors, configuration = read_tensors(path)
@@ -137,7 +131,7 @@ def open_features(folder: Path, layers: list[str] | None) -> Features:
     return Features(stored, tensors, provenance, views[0], names, held_out)
 
 
-def _check(path: Path, stored: np.ndarray, facts: artefacts.Facts, components: "torch.Tensor | None") -> Views:
+def _check(path: Path, stored: np.ndarray, facts: artefacts.Facts, components: torch.Tensor | None) -> Views:
     """The views of stored features; a UserError where they cannot be what stage 2 writes of a projection (D, C)."""
     if components is None or components.ndim != 2:
         raise UserError(f"the projection of {path} is missing: {AFRESH}")
@@ -154,15 +148,13 @@ def _check(path: Path, stored: np.ndarray, facts: artefacts.Facts, components: "
     return views
 
 
-def read_batch(stored: np.ndarray, rows: np.ndarray, device: object) -> "torch.Tensor":
+def read_batch(stored: np.ndarray, rows: np.ndarray, device: object) -> torch.Tensor:
     """Rows of stored features (N, H, W, D) as a float32 tensor (B, D, H, W)."""
-    import torch
-
     return torch.from_numpy(array_files.read_rows(stored, rows)).to(device, torch.float32).permute(0, 3, 1, 2)
 
 
 def feature_facts(
-    count: int, backbone: "Backbone", layer: str, size: int, views: Views, facts: artefacts.Facts
+    count: int, backbone: Backbone, layer: str, size: int, views: Views, facts: artefacts.Facts
 ) -> artefacts.Facts:
     """What the features of a layer of `count` images with `size` components must state."""
     architecture = backbone.architecture
@@ -206,7 +198,7 @@ class FeatureFiles:
         self.thread = ThreadPoolExecutor(1)
         self.waiting: list[Future] = []
 
-    def put(self, batch: "Mapping[str, list[torch.Tensor]]") -> None:
+    def put(self, batch: Mapping[str, list[torch.Tensor]]) -> None:
         """Write the next rows: by layer (b, H, W, D) tensors that follow each other. Returns before they are written.
 
         Raises:
@@ -218,7 +210,7 @@ class FeatureFiles:
         self.done += sum(map(len, next(iter(batch.values()))))
 
     @staticmethod
-    def _write(writer: array_files.ArrayWriter, first: int, parts: "list[torch.Tensor]") -> None:
+    def _write(writer: array_files.ArrayWriter, first: int, parts: list[torch.Tensor]) -> None:
         for part in parts:
             writer.put(first, part.cpu().numpy())
             first += len(part)

@@ -1,37 +1,32 @@
 """Language models as files: made from a projection, started from others, merged into a checkpoint, exported."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from filelock import FileLock
+
+from models.checkpoints import load_vlm, merge_layers, read_tensors, take_projection, take_statistics, vlm_tensors
 from models.errors import UserError
+from models.projection import Projection
+from models.vlm import VisualLanguageModel
 from models.weights.downloads import file_hash
-from pipeline import artefacts, program
+from pipeline import artefacts, figures, program
 from pipeline.training_log import LogLine, merge_log
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import torch
-
-    from models.projection import Projection
-    from models.vlm import VisualLanguageModel
 
 SAME_PROJECTION = 2e-3  # of values near 1: what float16 and another machine's eigenvectors may change
 
 
 def build_model(
-    tensors: "Mapping[str, torch.Tensor]", layers: Sequence[str], seed: int, cell: str = "lstm"
-) -> "VisualLanguageModel":
+    tensors: Mapping[str, torch.Tensor], layers: Sequence[str], seed: int, cell: str = "lstm"
+) -> VisualLanguageModel:
     """A model with the projections of stage 2 and freshly drawn weights, every layer of one kind of `models.vlm.CELLS`.
 
     Raises:
         UserError: a projection does not fit together.
     """
-    from models.checkpoints import take_projection, take_statistics
-    from models.vlm import VisualLanguageModel
-
     tensors, source = dict(tensors), "projection.safetensors"
     projections = {layer: take_projection(tensors, layer, source) for layer in layers}
     vlm = VisualLanguageModel(projections, take_statistics(tensors, source), dict.fromkeys(layers, cell))
@@ -39,7 +34,7 @@ def build_model(
     return vlm
 
 
-def start_from(path: Path, vlm: "VisualLanguageModel", backbone: str) -> str:
+def start_from(path: Path, vlm: VisualLanguageModel, backbone: str) -> str:
     """Give a model the weights of a checkpoint, whose sha256 is returned; the projections stay.
 
     Where they differ from the checkpoint's by more than rounding, the weights are expressed in the new basis.
@@ -47,9 +42,6 @@ def start_from(path: Path, vlm: "VisualLanguageModel", backbone: str) -> str:
     Raises:
         UserError: another backbone, another kind of recurrent model, or a layer that it lacks.
     """
-
-    from models.checkpoints import load_vlm
-
     trained, notes = load_vlm(path)
     if changed := artefacts.differences(vars(notes), {"backbone": backbone}):
         raise UserError(f"{path} does not fit ({'; '.join(changed)}): give another --init")
@@ -68,10 +60,8 @@ def start_from(path: Path, vlm: "VisualLanguageModel", backbone: str) -> str:
     return file_hash(path)
 
 
-def is_same_projection(one: "Projection", other: "Projection") -> bool:
+def is_same_projection(one: Projection, other: Projection) -> bool:
     """Whether two projections differ by no more than rounding."""
-    import torch
-
     return all(
         torch.allclose(a, b, rtol=0, atol=SAME_PROJECTION * max(1.0, float(a.abs().max())))
         for a, b in zip(one.buffers(), other.buffers(), strict=True)
@@ -88,10 +78,8 @@ def check_projection(path: Path, noted: Mapping[str, Any], wanted: Mapping[str, 
 
 
 @contextmanager
-def merging(root: Path) -> "Iterator[None]":
+def merging(root: Path) -> Iterator[None]:
     """Wait until no other process merges layers in a workspace, then keep others out."""
-    from filelock import FileLock
-
     folder = root / "train_state"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "merge.lock"):
@@ -100,7 +88,7 @@ def merging(root: Path) -> "Iterator[None]":
 
 def merge_checkpoint(
     out: Path,
-    tensors: "Mapping[str, torch.Tensor]",
+    tensors: Mapping[str, torch.Tensor],
     configuration: artefacts.Facts,
     log: Sequence[LogLine],
     picture: Path,
@@ -110,9 +98,6 @@ def merge_checkpoint(
     A checkpoint of another projection is replaced (`check_projection` refused it before the training). The sidecar,
     which states the sha256 of the checkpoint, comes last.
     """
-    from models.checkpoints import merge_layers, read_tensors
-    from pipeline.figures import loss_curves
-
     training = configuration["training"]
     if out.is_file():
         earlier, noted = read_tensors(out)
@@ -122,7 +107,7 @@ def merge_checkpoint(
     layers = [name for name in configuration["all_layers"] if name in training]
     configuration = {**configuration, "training": {name: training[name] for name in layers}, "layers": layers}
     artefacts.write_tensors(out, tensors, configuration)
-    loss_curves(log, picture)
+    figures.loss_curves(log, picture)
     described = {**configuration, "sha256": file_hash(out), "versions": program.versions()}
     artefacts.write_json(artefacts.sidecar_path(out), described)
 
@@ -134,10 +119,6 @@ def merge_files(files: Sequence[Path], out: Path, root: Path, overwrite: bool) -
         UserError: another projection, or a layer that two of the files hold with other weights (`overwrite`: the
             last one counts).
     """
-    import torch
-
-    from models.checkpoints import load_vlm, read_tensors, vlm_tensors
-
     for path in files:
         vlm, notes = load_vlm(path)
         tensors = vlm_tensors(vlm)
@@ -158,10 +139,6 @@ def merge_files(files: Sequence[Path], out: Path, root: Path, overwrite: bool) -
 
 def export(checkpoint: Path, out: Path) -> None:
     """Write a checkpoint with all weights as float16; means and deviations stay float32."""
-    import torch
-
-    from models.checkpoints import load_vlm, vlm_tensors
-
     vlm, notes = load_vlm(checkpoint)
     artefacts.write_tensors(out, vlm_tensors(vlm, torch.float16), {**notes.configuration, "dtype": "float16"})
     print(f"{out}: {', '.join(vlm.layers)} of {checkpoint} as float16")

@@ -5,18 +5,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from models.backbones import Architecture
+from models.checkpoints import projection_tensors, read_tensors, take_projection
 from models.errors import UserError
+from models.projection import Moments, Projection
 from pipeline import artefacts, distributed, features, program
-
-if TYPE_CHECKING:
-    import torch
-
-    from models.backbones import Architecture
-    from models.projection import Moments, Projection
 
 
 @dataclass
@@ -27,22 +24,20 @@ class TapStatistics:
         done: images of this rank that are in.
     """
 
-    moments: dict[str, "Moments"]
+    moments: dict[str, Moments]
     samples: dict[str, np.ndarray]
     done: int = 0
     saved: float = field(default_factory=time.monotonic)
 
     @classmethod
     def empty(
-        cls, architecture: "Architecture", layers: Sequence[str], others: Sequence[str], images: int, positions: int
+        cls, architecture: Architecture, layers: Sequence[str], others: Sequence[str], images: int, positions: int
     ) -> "TapStatistics":
         """Room for `positions` samples of each of this rank's images.
 
         Raises:
             UserError: they would not fit into memory.
         """
-        from models.projection import Moments
-
         size = images * positions * sum(architecture.channels(layer) for layer in layers)
         artefacts.check_memory("samples at --pca-positions", 4 * size)
         return cls(
@@ -50,10 +45,8 @@ class TapStatistics:
             {layer: np.zeros((images, positions, architecture.channels(layer)), np.float32) for layer in layers},
         )
 
-    def add(self, taps: "dict[str, torch.Tensor]", positions: "dict[str, np.ndarray]") -> None:
+    def add(self, taps: dict[str, torch.Tensor], positions: dict[str, np.ndarray]) -> None:
         """Add the next images (B, C, H, W) by tap, and the samples at some flat positions (B, n) of each by layer."""
-        import torch
-
         for tap, values in taps.items():
             self.moments[tap].update(values)
         for layer, drawn in positions.items():
@@ -84,8 +77,6 @@ class TapStatistics:
         Raises:
             UserError: it is damaged.
         """
-        import torch
-
         try:
             with np.load(path, allow_pickle=False) as noted:
                 if str(noted["facts"]) != json.dumps(facts):
@@ -104,8 +95,6 @@ class TapStatistics:
 
     def reduce(self) -> None:
         """Put the parts of all ranks together; the samples on rank 0 alone."""
-        import torch
-
         for m in self.moments.values():
             count = distributed.add_up(torch.tensor([m.count]))
             m.count, m.sums, m.squares = int(count), distributed.add_up(m.sums), distributed.add_up(m.squares)
@@ -116,23 +105,19 @@ class TapStatistics:
 
 def write_projections(
     path: Path,
-    projections: "dict[str, Projection]",
-    moments: "dict[str, Moments]",
+    projections: dict[str, Projection],
+    moments: dict[str, Moments],
     facts: artefacts.Facts,
     about: artefacts.Facts,
 ) -> None:
     """projection.safetensors with `facts`, which determine it, and of `about` what a checkpoint repeats."""
-    from models.checkpoints import projection_tensors
-
     shared = {key: about[key] for key in ("weights", "sources")}
     tensors = projection_tensors(projections, {tap: m.statistics() for tap, m in moments.items()})
     artefacts.write_tensors(path, tensors, {**shared, **facts})
     artefacts.write_json(artefacts.sidecar_path(path), {**facts, **about, "versions": program.versions()})
 
 
-def read_projections(path: Path, layers: Sequence[str]) -> "dict[str, Projection]":
+def read_projections(path: Path, layers: Sequence[str]) -> dict[str, Projection]:
     """The projections of some layers, of projection.safetensors."""
-    from models.checkpoints import read_tensors, take_projection
-
     tensors = read_tensors(path)[0]
     return {layer: take_projection(tensors, layer, path) for layer in layers}

@@ -5,16 +5,16 @@ import io
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from models.errors import UserError
+from models.naturalness import losses_and_maps, quantiles
+from models.vlm import TRIVIAL_PREDICTORS, LayerModel, trivial_losses
 from pipeline import artefacts, distributed
 from pipeline.features import read_batch
-
-if TYPE_CHECKING:
-    from models.vlm import LayerModel
 
 VALIDATION_BATCH = 16
 
@@ -61,17 +61,12 @@ def rounded(value: float) -> float:
 
 
 def measure(
-    layer: "LayerModel", stored: np.ndarray, rows: np.ndarray, device: object
+    layer: LayerModel, stored: np.ndarray, rows: np.ndarray, device: object
 ) -> tuple[dict[str, float], list[float]]:
     """Mean loss of a model (`model`) and of the trivial predictors on some rows; ranks share the work.
 
     With them the quantiles of the model's losses of single rows, see `models.naturalness.quantiles`.
     """
-    import torch
-
-    from models.naturalness import losses_and_maps, quantiles
-    from models.vlm import TRIVIAL_PREDICTORS, trivial_losses
-
     sums, losses = dict.fromkeys(TRIVIAL_PREDICTORS, 0.0), []
     with torch.no_grad():
         for start in distributed.share(range(0, len(rows), VALIDATION_BATCH)):

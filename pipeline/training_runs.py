@@ -6,21 +6,20 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, astuple, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
+from models.checkpoints import AFRESH, check_state, read_state, read_tensors, vlm_tensors
+from models.descent import MomentumSGD, Schedule
 from models.errors import UserError
+from models.vlm import VisualLanguageModel
 from models.weights.downloads import file_hash
 from pipeline import artefacts, distributed
 from pipeline.features import Features
 from pipeline.language_models import check_projection, merge_checkpoint, merging
 from pipeline.training_log import LogLine, measure, merge_log, read_log, rounded
-
-if TYPE_CHECKING:
-    import torch
-
-    from models.vlm import VisualLanguageModel
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,11 @@ class Run:
         self,
         root: Path,
         out: Path,
-        vlm: "VisualLanguageModel",
+        vlm: VisualLanguageModel,
         features: Features,
         facts: TrainingFacts,
         first_iteration: int = 0,
     ):
-        from models.descent import MomentumSGD, Schedule
 
         self.root, self.out, self.vlm, self.features, self.facts = root, out, vlm, features, facts
         self.schedule = Schedule(facts.learning_rate, facts.decay_at, facts.decay_factor)
@@ -109,8 +107,6 @@ class Run:
         Raises:
             UserError: the state, or the checkpoint to write to, is of other facts or another projection.
         """
-        import torch
-
         if found := distributed.first(lambda: self._read_state(overwrite)):
             tensors, self.iteration, self.log, self.losses, self.quantiles = found
             with torch.no_grad():
@@ -119,10 +115,8 @@ class Run:
                     v.copy_(tensors[f"velocity.{i}"])
         self.line_time, self.line_iteration = time.monotonic(), self.iteration
 
-    def _read_state(self, overwrite: bool) -> "tuple[dict[str, torch.Tensor], int, list, dict, dict] | None":
+    def _read_state(self, overwrite: bool) -> tuple[dict[str, torch.Tensor], int, list, dict, dict] | None:
         """Tensors, updates, log, losses and quantiles of the state, if there is one; an older one has no quantiles."""
-        from models.checkpoints import AFRESH, check_state, read_state, read_tensors
-
         read_log(self.root / "log.csv")
         if overwrite:
             artefacts.discard(self.state)
@@ -231,8 +225,6 @@ class Run:
 
     def merge(self) -> None:
         """Put this run's layers into the workspace's checkpoint, beside those of other runs, even concurrent ones."""
-        from models.checkpoints import vlm_tensors
-
         with merging(self.root):
             log = merge_log(self.root / "log.csv", self.log, self.features.layers)
             merge_checkpoint(self.out, vlm_tensors(self.vlm), self.describe(), log, self.root / "figures" / "loss.png")
