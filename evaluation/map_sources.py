@@ -9,24 +9,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
+import torch
 
 from evaluation.baselines import BASELINES
 from evaluation.journal import text_sha256
 from models.errors import UserError
+from models.unnaturalness import added
 from models.weights.downloads import file_hash
 from pipeline import array_files, artefacts, networks, ownership
 from pipeline.decoding import open_image
+from pipeline.detector import LANGUAGE_MODEL, Checkpoint, Detector, Postprocess, Reading, choose_layers
 from pipeline.images import output_name
 from pipeline.names import Names
 from pipeline.paths import real
-
-if TYPE_CHECKING:
-    import torch
-
-    from pipeline.detector import Detector, Postprocess, Reading
 
 NOTHING, RANDOM = "predict-nothing", "random-cnn"
 Maps = dict[str, np.ndarray]
@@ -158,7 +156,7 @@ class Models:
     mistaken; `fresh` computes them anew.
     """
 
-    detector: "Detector"
+    detector: Detector
     rows: dict[str, Row]
     cache: Path
     fresh: bool = False
@@ -218,8 +216,6 @@ class Added:
 
     def maps(self, path: Path, rgb: np.ndarray) -> Maps:
         """The maps of all parts and the sums."""
-        from models.unnaturalness import added
-
         found = {name: values for part in self.parts for name, values in part.maps(path, rgb).items()}
         return found | {name: added(found[part] for part in parts) for name, parts in self.sums.items()}
 
@@ -235,10 +231,10 @@ def model_sources(
     checkpoints: Sequence[Path],
     layers: Sequence[str] | None,
     predictors: Sequence[str],
-    postprocess: "Sequence[Postprocess]",
+    postprocess: Sequence[Postprocess],
     beside: Sequence[str],
     choice: networks.WeightsChoice,
-    device: "torch.device",
+    device: torch.device,
     cache: Path,
     fresh: bool,
 ) -> list[Models]:
@@ -254,8 +250,6 @@ def model_sources(
     Raises:
         UserError: a checkpoint, a layer or weights are missing.
     """
-    from pipeline.detector import LANGUAGE_MODEL, Checkpoint, Detector, Reading, choose_layers
-
     loaded = {path: Checkpoint.load(path, device) for path in dict.fromkeys(checkpoints)}
     chosen = choose_layers({path: checkpoint.vlm.layers for path, checkpoint in loaded.items()}, layers)
     taken: Counter[str] = Counter()
@@ -283,9 +277,7 @@ def model_sources(
     return found
 
 
-def _row(reading: "Reading", source: str, beside: Sequence[str]) -> Row:
-    from pipeline.detector import LANGUAGE_MODEL
-
+def _row(reading: Reading, source: str, beside: Sequence[str]) -> Row:
     about = f"{reading.checkpoint.path}, CNN weights: {source}"
     _, _, control = reading.name.partition("/")
     if control == RANDOM:

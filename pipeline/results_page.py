@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from models.unnaturalness import pad_to
 from pipeline import array_files, report_parts
 from pipeline.array_files import write_array
 from pipeline.detector import LANGUAGE_MODEL, Checkpoint, Detector, Reading
@@ -92,8 +93,6 @@ def draw_figure(
 
 def on_photo(values: np.ndarray, height: int, width: int, stride: tuple[int, int]) -> np.ndarray:
     """A layer's values (h, w) over the photo (height, width): a stride's rectangle each, zeros around the centre."""
-    from models.unnaturalness import pad_to
-
     return pad_to(values.repeat(stride[0], axis=0).repeat(stride[1], axis=1), height, width)
 
 
