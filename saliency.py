@@ -4,15 +4,15 @@ In:  images of any size, or folders of them; ROOT/vlm.safetensors, of stage 3.
 Out: per image OUT/<name>.npy, the saliency map (H, W) in 0…1 of the image's size (float32; uint8 with --postprocess
      original), OUT/<name>.png, OUT/<name>-overlay.png, and OUT/<name>-unnaturalness.npy, the map (h-1, w-1) of the
      layer before post-processing, float64. Where several maps are added, each is
-     OUT/<name>-unnaturalness-<backbone>-<layer>.npy. With --naturalness OUT/<name>-naturalness.json, by map the loss of
-     the image, scaled and cropped as for training, and its percentile among the images that the checkpoint held out,
-     where it keeps that.
+     OUT/<name>-unnaturalness-<backbone>-<layer>.npy. OUT/<name>-naturalness.json, by map the loss of the image, scaled
+     and cropped as for training, and its percentile among the images that the checkpoint held out, where it keeps that.
 
     python saliency.py photo.jpg photos/ --preset vgg16 --layer conv5_3
     python saliency.py photo.jpg --vlm models/pretrained/vgg16.safetensors models/pretrained/alexnet.safetensors
     torchrun --nproc-per-node=8 saliency.py photos/ --preset vgg16
 """
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +44,7 @@ def make_maps(
     facts: artefacts.Facts,
     max_side: int | None,
     overwrite: bool,
-    naturalness: bool = False,
+    naturalness: bool = True,
 ) -> int:
     """Saliency maps of image files, under their names in `out`; returns how many could not be made.
 
@@ -138,7 +138,12 @@ def get_parser() -> options.Parser:
     )
     parser.add_argument("--max-side", type=options.positive, help="shrink larger images to this side, to save memory")
     options.add_image_options(parser)
-    parser.add_argument("--naturalness", action="store_true", help="write how natural each image is (a tenth slower)")
+    parser.add_argument(
+        "--naturalness",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write how natural each image is, a tenth of the time (default: yes)",
+    )
     options.add_postprocess_options(parser)
     parser.add_argument("--out", type=options.writable_folder, help="folder (default: ROOT/saliency)")
     return parser
@@ -207,7 +212,8 @@ def main(argv: list[str] | None = None) -> int:
             "maps": list(of_readings),
             **{f"{name} {key}": value for name, facts in of_readings.items() for key, value in facts.items()},
             **{key: getattr(args, key) for key in ("max_side", "power", "blur", "postprocess")},
-            **{key: getattr(args, key) for key in ("centre_prior", "naturalness") if getattr(args, key)},
+            **({"centre_prior": args.centre_prior} if args.centre_prior else {}),
+            "naturalness": args.naturalness,
             **options.image_facts(),
         }
         mine, failed = dict(distributed.share(list(files.items()))), 0

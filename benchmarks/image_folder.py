@@ -1,4 +1,4 @@
-"""saliency.py on a folder of images against the bare network on the same pixels, in whichever memory layout is faster.
+"""saliency.py --no-naturalness on a folder of images against the bare network on the same pixels, in its better layout.
 
 Decoding, language models, post-processing and writing are the stage's; the network gets its input ready.
 """
@@ -64,7 +64,7 @@ def measure(setup: Setup) -> Report:
 
     def stage() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            failed = saliency.make_maps([detector], files, out, {}, None, True)
+            failed = saliency.make_maps([detector], files, out, {}, None, True, naturalness=False)
         if failed:
             raise AssertionError(f"{failed} images failed")
 

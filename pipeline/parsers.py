@@ -72,7 +72,7 @@ SECTIONS = {  # of --help, by the option's name
     **dict.fromkeys(
         "inputs source image folders folder stimuli fixations dataset skip limit spoilings reconstructions maps "
         "baseline images rows held_out exclude num_images workers strict features from_iteration merge export "
-        "figures max_side views random_crop flip".split(),
+        "figures max_side range views random_crop flip".split(),
         "inputs",
     ),
     **dict.fromkeys(
