@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from models.errors import UserError
 from pipeline import array_files, artefacts, decoding, listing, ownership
-from pipeline.paths import IS_EMPTY, problem_of, user_path
+from pipeline.paths import IS_EMPTY, native_name, problem_of, user_path, utf8_name
 from pipeline.program import printable
 from pipeline.scaling import area_scale
 
@@ -177,11 +177,12 @@ def output_name(text: str, hashed: str = "") -> str:
 
     Where it had to be changed for that, or where `hashed` is given, a hash follows that tells names apart.
     """
-    clean = "".join(c if c.isprintable() else "_" for c in text)
-    if clean == text and len(clean.encode()) <= LONGEST_NAME and not hashed:
+    name = utf8_name(text)
+    clean = "".join(c if c.isprintable() else "_" for c in name)
+    if clean == name and len(clean.encode()) <= LONGEST_NAME and not hashed:
         return text
-    digest = hashlib.sha256((hashed or text).encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return f"{clean.encode()[:LONGEST_NAME].decode('utf-8', 'ignore')}-{digest}"
+    digest = hashlib.sha256(utf8_name(hashed or text).encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return native_name(f"{clean.encode()[:LONGEST_NAME].decode('utf-8', 'ignore')}-{digest}")
 
 
 def open_stored(path: Path) -> tuple[np.ndarray, artefacts.Facts]:

@@ -59,7 +59,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _note(file: Path, text: str) -> None:
     with suppress(OSError):  # a full disk must not keep the lock from being released
-        file.write_text(text, encoding="utf-8")
+        file.write_bytes(text.encode("utf-8", "backslashreplace"))  # a file's name need not be text
 
 
 def _holder(file: Path) -> str:

@@ -4,6 +4,8 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
 
+from pipeline.paths import utf8_name
+
 
 def composed(name: str) -> str:
     """One form of letters with accents: some systems store é as e and an accent."""
@@ -30,12 +32,13 @@ class Names:
     """
 
     def __init__(self, names: Sequence[str], stems: bool = True):
+        names = [utf8_name(name) for name in names]
         ways = [names, [PurePosixPath(name).stem for name in names]] if stems else [names]
         self._tables = [(form, _places(map(form, texts))) for texts in ways for form in FORMS]
 
     def find(self, name: str) -> int | None:
         """The place of the file that is meant; folders before the name, of any system, do not count."""
-        name = name.replace("\\", "/").rpartition("/")[2]
+        name = utf8_name(name).replace("\\", "/").rpartition("/")[2]
         for form, places in self._tables:
             if found := places.get(form(name)):
                 return found[0] if len(found) == 1 else None

@@ -23,6 +23,19 @@ def user_path(text: str | Path) -> Path:
         raise UserError(f"{str(text)[:80]!r} cannot be used: {error}") from None
 
 
+def utf8_name(name: str) -> str:
+    """A file's name as UTF-8 tells it, whatever letters the locale takes its bytes for."""
+    try:
+        return os.fsencode(name).decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # letters that the locale has not, so it was not read from a folder
+        return name
+
+
+def native_name(name: str) -> str:
+    """The other way: what the locale takes the bytes of `utf8_name` for."""
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+
+
 def real(path: Path) -> Path:
     """The one absolute path of a place, however it was spelled: without links, `.` and `..`; it need not exist yet."""
     return Path(os.path.realpath(path))

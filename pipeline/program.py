@@ -15,6 +15,7 @@ from typing import Any
 
 from models.errors import UserError
 from pipeline import distributed, parsers, streams
+from pipeline.paths import utf8_name
 from pipeline.progress import Terminated, endings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +108,7 @@ def printable(text: str) -> str:
     """Text that can be written as UTF-8 and shown on a terminal, whatever bytes a file's name has."""
     if text.isprintable():
         return text
+    text = utf8_name(text)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -20,7 +20,7 @@ from models.errors import UserError
 from models.randomness import seed_for
 from pipeline import decoding, listing, ownership, tars
 from pipeline.images import MOST_BYTES, check_bytes, read_rgb
-from pipeline.paths import problem_of, user_path
+from pipeline.paths import native_name, problem_of, user_path
 from pipeline.presets import SAMPLES
 from pipeline.program import printable
 
@@ -210,8 +210,9 @@ def _line_entry(folder: Path, line: str) -> Entry:
         lambda text: text.replace("\\", "/"),
     ):
         meant += [changed for text in meant if (changed := change(text).strip()) and changed not in meant]
-    there = next((text for text in meant if not problem_of(folder / text)), line)
-    return Entry(printable(there), folder / there, problem=problem_of(folder / there))
+    files = {text: folder / native_name(text) for text in meant}
+    there = next((text for text, file in files.items() if not problem_of(file)), line)
+    return Entry(printable(there), files[there], problem=problem_of(files[there]))
 
 
 def _is_tar(path: Path) -> bool:
