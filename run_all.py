@@ -62,7 +62,7 @@ def stage_commands(args: argparse.Namespace) -> dict[str, list[list[str]]]:
         "extract_features": [[*common, *weights, *layers]],
         "train_vlm": [[*common, *layers, *train]],
         "reconstruct": [[image, *common, *weights, *rebuild, *deep, "--regularizer", name] for name in ("vlm", "none")],
-        "saliency": [[image, *common, *weights, *deep, "--naturalness"]],
+        "saliency": [[image, *common, *weights, *deep]],
     }
 
 
