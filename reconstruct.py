@@ -144,7 +144,7 @@ def add_objective_options(parser: options.Parser) -> None:
     add("--vlm-weight", type=weight, help="λ₂")
     add("--energy-weight", type=weight, help="of features' energy, against paleness")
     add("--l2-weight", type=weight, help="λ of the norm in l2")
-    add("--tv-weight", type=weight, help="λ of total variation in tv and vlm+tv (tv: by depth)")
+    add("--tv-weight", type=weight, help="λ of total variation (tv: by depth)")
 
 
 def add_descent_options(parser: options.Parser) -> None:
@@ -158,7 +158,7 @@ def add_descent_options(parser: options.Parser) -> None:
     )
     add("--iterations", type=options.positive, help="updates of each restart")
     add("--learning-rate", type=options.positive_number, help="of what is varied")
-    add("--decay-at", type=options.natural, nargs="*", metavar="I", help="a tenth of the rate after these, from 0 on")
+    add("--decay-at", type=options.natural, nargs="*", metavar="I", help="a tenth of the rate after these")
     add("--momentum", type=options.fraction, help="of the optimiser")
     add("--start-noise", type=options.non_negative_number, help="noise at the start, times the data's")
     add(

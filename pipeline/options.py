@@ -215,8 +215,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         type=finite_number,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="which values are black and white in images of floats and of more than 8 bits; needed where their format "
-        "does not say it, as for floats (default: 0 and 65535 for 16 bits)",
+        help="black and white of floats and of more than 8 bits (default, of 16 bits: 0 and 65535)",
     )
 
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from models.errors import UserError
-from pipeline.paths import real
+from pipeline.paths import real, utf8_name
 
 LEDGER = ".cnn-vlm"
 # Behind the name of an artefact: its sidecar, what is half-written, and the parts of several ranks.
@@ -24,7 +24,8 @@ COMPANION = re.compile(r"(\.json|\.partial|\.progress|-\d+of\d+)$")
 
 LOCK = re.compile(rb"$|process \d|\d+\s")  # empty, or who holds it
 
-STATE = re.compile(r"restart-\d+\.state\.safetensors|.+-unnaturalness(-.+)?\.npy")  # of what was interrupted
+STATE = re.compile(r"restart-\d+\.state\.safetensors")  # of what was interrupted
+RAW_MAP = re.compile(r"(.+)-unnaturalness(-.+)?\.npy")  # beside an overlay: maps that were being written
 EARLIER = (  # pictures of results of earlier versions, and what stands beside them
     (r"(reconstruction|image|comparison|curves|restart-\d+)\.png", r"curves\.csv|restart-\d+\.state\.safetensors"),
     (r"examples-.+\.png|pictures\.png", r"table\.md"),
@@ -112,7 +113,7 @@ def written(folder: Path) -> frozenset[str]:
 
 def is_written(name: str, names: Collection[str]) -> bool:
     """Whether a file of this name is among `written`, or a companion of one."""
-    return any(owner in names for owner in _owners(name))
+    return any(utf8_name(owner) in names for owner in _owners(name))
 
 
 def is_companion(name: str, of: str) -> bool:
@@ -141,7 +142,7 @@ def _ledger(folder: Path) -> set[str]:
         names = set(_read(ledger))
         if not ledger.exists() and (earlier := _of_earlier_versions(folder)):
             _note(folder, earlier)
-            names.update(earlier)
+            names.update(map(utf8_name, earlier))
         _ledgers[folder] = names
     return _ledgers[folder]
 
@@ -159,7 +160,7 @@ def _read(ledger: Path) -> list[str]:
 
 
 def _note(folder: Path, names: list[str]) -> None:
-    ledger = folder / LEDGER
+    ledger, names = folder / LEDGER, [utf8_name(name) for name in names]
     _refuse_inputs(ledger)
     if ledger.is_symlink() or (ledger.exists() and ledger.stat().st_size and not _read(ledger)):
         raise UserError(f"{ledger} is no list of this program, and its name is needed for one: move it away")
@@ -190,6 +191,8 @@ def _has_marks(folder: Path) -> bool:
     for path in folder.iterdir():
         with suppress(OSError, ValueError, RecursionError):
             if STATE.fullmatch(path.name):
+                return True
+            if (raw := RAW_MAP.fullmatch(path.name)) and path.with_name(f"{raw[1]}-overlay.png").is_file():
                 return True
             if path.name.startswith(".") and path.name.endswith(".lock") and LOCK.match(path.read_bytes()[:20]):
                 return True

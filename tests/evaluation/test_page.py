@@ -51,7 +51,7 @@ def test_page_holds_tables_pictures_and_what_was_compared_and_stays_as_it_is(tmp
     page.write_page(tmp_path, "reconstruction")
     written = tmp_path / "report.html"
     text, time = written.read_text(encoding="utf-8"), written.stat().st_mtime_ns
-    assert text.count("<table") == 2 and text.count("data:image/") == 1
+    assert text.count("<table") == 2 and text.count("data:image/png;base64") == 1
     assert "vlm tv 10" in text and "Reconstructions against their originals" in text
     page.write_page(tmp_path, "reconstruction")
     assert written.stat().st_mtime_ns == time

@@ -378,7 +378,7 @@ def test_spoiled_map_in_the_summary(root: Path) -> None:
     for content in spoiled.values():
         (root / "saliency" / "0.npy").write_bytes(content)
         with pytest.raises(UserError, match="run saliency.py again"):
-            run_all.show_results(root, root / "photos" / "0.png", "conv2", "authors", 1.0)
+            run_all.show_results(root, root / "photos" / "0.png", "conv2", "authors", [], 1.0)
         assert not executed.exists()
 
 

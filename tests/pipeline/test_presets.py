@@ -84,4 +84,4 @@ def test_a_dry_run_prints_what_the_stages_then_announce(
         for name, value in values.items():
             assert used[name] == value, (stage, name)
     train = dict(before)["train_vlm"]
-    assert train["decay_at"] == parsers.show(default_decays(2)) and train["learning_rate"] == "10.0"
+    assert train["decay_at"] == parsers.show(default_decays(2)) and train["learning_rate"] == "1.0"
