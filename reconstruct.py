@@ -1,9 +1,8 @@
 """Stage 4: CNN features -> the images that have them.
 
 In:  images to invert, or features (.npy), or rows of ROOT/images.npy; ROOT/vlm.safetensors of stage 3.
-Out: a folder per input with reconstruction.png and .npy (H, W, 3) float32 RGB, of the best restart; image.png, what
-     was inverted; restart-<r>.png of each; snapshots/; curves.csv and curves.png with every term of the loss;
-     comparison.png; parameters.json.
+Out: a folder per input: reconstruction.png and .npy (H, W, 3) float32 RGB, of the best restart; image.png, what was
+     inverted; restart-<r>.png; snapshots/; curves.csv and .png of every term; comparison.png; parameters.json.
 
     python reconstruct.py photo.jpg --target pool5 --regularizer vlm
     python reconstruct.py --held-out --regularizer tv

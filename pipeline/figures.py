@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from pipeline.artefacts import write_bytes
 from pipeline.plotting import colormap, matplotlib
@@ -25,16 +24,10 @@ def new_figure(width: float, height: float) -> Any:
     return matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: Any, path: Path, dpi: int = 120, colours: int | None = None) -> None:
-    """Write a figure as PNG, atomically and without a time stamp, so that equal figures are equal files.
-
-    With so many `colours` alone, a photograph's file is a third as large.
-    """
+def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
+    """Write a figure as PNG, atomically and without a time stamp, so that equal figures are equal files."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    if colours:
-        picture = Image.open(buffer).convert("RGB").quantize(colours)
-        picture.save(buffer := io.BytesIO(), "PNG", optimize=True)
     write_bytes(path, buffer.getvalue())
 
 
@@ -97,7 +90,6 @@ def picture_grid(
     *,
     column: float = 3.2,
     dpi: int = 120,
-    colours: int | None = None,
 ) -> None:
     """Rows of pictures under their titles, every row as wide as the widest; see `picture_row`.
 
@@ -119,7 +111,7 @@ def picture_grid(
             if title.strip():  # a blank one would take its place all the same
                 ax.set_title(title, fontsize=TITLE_SIZE)
             ax.set_axis_off()
-    save_figure(figure, path, dpi, colours)
+    save_figure(figure, path, dpi)
 
 
 def _row_height(row: dict[str, np.ndarray], width: float) -> float:

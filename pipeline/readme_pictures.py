@@ -42,7 +42,7 @@ def reconstruction_picture(columns: Mapping[str, Path], photos: Sequence[Path], 
         folders = {title: folder / photo.stem for title, folder in columns.items()}
         row = {"photo": read_rgb(next(iter(folders.values())) / "image.png")}
         rows.append(row | {title: read_rgb(folder / "reconstruction.png") for title, folder in folders.items()})
-    picture_grid(_titled_once(rows), path, column=1.9, dpi=DPI, colours=256)
+    picture_grid(_titled_once(rows), path, column=1.55, dpi=DPI)
 
 
 def _titled_once(rows: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
