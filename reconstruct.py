@@ -207,10 +207,8 @@ def main(argv: list[str] | None = None) -> int:
     if descent.start == "zero" and args.restarts > 1:
         raise UserError(f"every descent of {args.regularizer} starts from the same image: use --restarts 1")
     device = networks.prepare_device(args.device)
-    effective = {name: getattr(descent, name) for name in ("iterations", "learning_rate", "momentum", "in_turn")}
-    effective |= {"decay_at": schedule.decay_at, "start_noise": descent.noise}
-    effective |= {"vlm_weight": objective.vlm_weight, "energy_weight": objective.energy_weight}
-    program.announce(options.replace(args, **effective), device)
+    effective = {"vlm_weight": objective.vlm_weight, "energy_weight": objective.energy_weight}
+    program.announce(options.replace(args, **effective, **descent.values(schedule.decay_at)), device)
     backbone, weights = networks.load_backbone(networks.WeightsChoice.of(args), notes.backbone, [args.target], device)
     taps = reconstruction.taps_measured(objective, descent)
     statistics, measured = targets.needed_statistics(vlm.statistics, args.statistics, backbone, taps)

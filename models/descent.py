@@ -5,7 +5,7 @@ that there are: each author's own, on raw pixels, and one that all regularisers 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -250,6 +250,11 @@ class Descent:
     def decays(self, iterations: int) -> list[int]:
         """Updates of a run of so many, counted from 0, after which the rate falls."""
         return [at for part in self.decay_at if (at := round(part * iterations) - 1) >= 0]
+
+    def values(self, decay_at: Sequence[int]) -> dict[str, Any]:
+        """Its settings under the names of reconstruct.py's options, with the updates after which its rate falls."""
+        names = ("iterations", "learning_rate", "momentum", "in_turn")
+        return {name: getattr(self, name) for name in names} | {"decay_at": list(decay_at), "start_noise": self.noise}
 
     def image(self, start: Tensor, bgr: bool = False) -> Image:
         """What is varied, from pixels (1, 3, H, W)."""

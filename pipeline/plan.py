@@ -42,8 +42,7 @@ def values_used(stage: str, preset: str, used: Mapping[str, Any], layers: list[s
         derived["learning_rate"] = share_of_rate(used["joint_learning_rate"], len(layers))
     if stage == "reconstruct":
         descent = descent_for(used["descent"], used["regularizer"])
-        derived = {name: getattr(descent, name) for name in ("iterations", "learning_rate", "momentum", "in_turn")}
-        derived |= {"start_noise": descent.noise, "decay_at": descent.decays(used["iterations"] or descent.iterations)}
+        derived = descent.values(descent.decays(used["iterations"] or descent.iterations))
         has_vlm = REGULARIZERS[used["regularizer"]].vlm
         derived |= {name: getattr(descent, name) if has_vlm else 0.0 for name in ("vlm_weight", "energy_weight")}
     rows = {}

@@ -190,12 +190,7 @@ class Task:
             "energies": self.energies,
             **asdict(self.objective),
             "descent": self.name,
-            "learning_rate": self.schedule.learning_rate,
-            "decay_at": list(self.schedule.decay_at),
-            "momentum": self.descent.momentum,
-            "iterations": self.descent.iterations,
-            "start_noise": self.descent.noise,
-            "in_turn": self.descent.in_turn,
+            **self.descent.values(self.schedule.decay_at),
             **self.descent.settings,
             "seed": self.seed,
         }

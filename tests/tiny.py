@@ -191,15 +191,15 @@ def run(
     return process.exitcode, output.read_text(), touched
 
 
-def start_ranks(
+def run_ranks(
     ranks: int,
     stage: str,
     argv: list[str],
     root: Path,
     accidents: Mapping[int, Accident] | None = None,
     before: Callable[[], object] | None = None,
-) -> list[BaseProcess]:
-    """Start a stage in several processes that work together; the output of each goes to `root`/../rank<r>."""
+) -> list[tuple[int, str]]:
+    """Run a stage in several processes that work together: exit code and output of each, kept in `root`/../rank<r>."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -215,19 +215,6 @@ def start_ranks(
         accident = (accidents or {}).get(rank, Accident())
         texts = {name: str(value) for name, value in environment.items()}
         processes.append(start(stage, argv, root, root.parent / f"rank{rank}", accident, texts, before))
-    return processes
-
-
-def run_ranks(
-    ranks: int,
-    stage: str,
-    argv: list[str],
-    root: Path,
-    accidents: Mapping[int, Accident] | None = None,
-    before: Callable[[], object] | None = None,
-) -> list[tuple[int, str]]:
-    """Run a stage in several processes to their end: exit code and output of each."""
-    processes = start_ranks(ranks, stage, argv, root, accidents, before)
     for process in processes:
         process.join(300)
         assert process.exitcode is not None, "it hangs"
