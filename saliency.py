@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
         detectors = load_detectors(checkpoints, args.layer, predictors, finish, networks.WeightsChoice.of(args), device)
         of_readings = {name: detector.facts_of(name) for detector in detectors for name in detector.readings}
         suffixes = (*SUFFIXES, *(f"{UNNATURALNESS}-{name}" for name in of_readings))
-        files, problems = list_images(args.inputs, suffixes)
+        files, problems = list_images(args.inputs, suffixes, out)
         outputs = [f"{name}{suffix}" for name in files for suffix in (".npy", ".png", "-overlay.png")]
         distributed.first(lambda: ownership.foresee(out, *outputs))
         facts = {

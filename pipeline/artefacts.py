@@ -52,6 +52,7 @@ def atomic_path(path: Path, size: int | None = None) -> Iterator[Path]:
             ownership.check(path)
             yield temporary
             commit(temporary, path)
+            ownership.wrote(path)
     finally:
         with suppress(UserError):
             ownership.remove(temporary)

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from models.errors import UserError
 from pipeline import array_files, artefacts, decoding, listing, ownership
-from pipeline.paths import IS_EMPTY, native_name, problem_of, user_path, utf8_name
+from pipeline.paths import IS_EMPTY, native_name, problem_of, real, user_path, utf8_name
 from pipeline.program import printable
 from pipeline.scaling import area_scale
 
@@ -118,8 +118,12 @@ def check_bytes(size: int, name: str) -> None:
         raise UserError(f"{name} has {artefacts.format_bytes(size)}, more than any image needs: give another file")
 
 
-def list_images(paths: list[str], suffixes: tuple[str, ...] = ()) -> tuple[dict[str, Path], list[str]]:
+def list_images(
+    paths: list[str], suffixes: tuple[str, ...] = (), out: Path | None = None
+) -> tuple[dict[str, Path], list[str]]:
     """Image files by output name, see `output_names`; a folder stands for the images below it, see `listing`.
+
+    Files that an earlier run wrote right into `out` are left out, as in a folder, unless there is nothing else.
 
     Returns:
         the files, and a line for every path that gave none.
@@ -140,23 +144,32 @@ def list_images(paths: list[str], suffixes: tuple[str, ...] = ()) -> tuple[dict[
         files += found
     if not files:
         raise UserError("; ".join(problems))
+    if out is not None:
+        ours = ownership.written(out)
+        others = [f for f in files if real(f.parent) != real(out) or not ownership.is_written(f.name, ours)]
+        files = others or files
     ownership.reading(*files)
-    return output_names(files, suffixes), problems
+    return output_names(files, suffixes, out), problems
 
 
-def output_names(files: list[Path], suffixes: tuple[str, ...] = ()) -> dict[str, Path]:
+def output_names(files: list[Path], suffixes: tuple[str, ...] = (), out: Path | None = None) -> dict[str, Path]:
     """Files by a name for their results: the stem where that will do, else the name, else folders and name.
 
     No two results meet, even where upper and lower case count the same, nor where `suffixes` follow a name; so two
-    files of one name in different folders get different names. See `output_name` for what else is changed.
+    files of one name in different folders get different names. No picture of this name in the folder `out` is an
+    input. See `output_name` for what else is changed.
     """
     files = list(dict.fromkeys(files))
     levels = [0] * len(files)
-    endings = ("", *suffixes)
+
+    def clashes(name: str) -> bool:
+        written = [name + ending for ending in ("", *suffixes)]
+        return any(taken[n.casefold()] > 1 or (out and ownership.is_read(out / f"{n}.png")) for n in written)
+
     while True:
         names = [_name_at(file, level) for file, level in zip(files, levels, strict=True)]
-        taken = Counter(name.casefold() + ending for name in names for ending in endings)
-        clashing = [i for i, n in enumerate(names) if any(taken[n.casefold() + ending] > 1 for ending in endings)]
+        taken = Counter((name + ending).casefold() for name in names for ending in ("", *suffixes))
+        clashing = [i for i, name in enumerate(names) if clashes(name)]
         if not clashing:
             return dict(zip(names, files, strict=True))
         for i in clashing:
@@ -169,7 +182,7 @@ def _name_at(file: Path, level: int) -> str:
     parts = [part for part in file.parts if part not in (file.anchor, "..")]
     if level <= len(parts):
         return output_name("-".join(parts[-level:]))
-    return output_name(file.name, str(file))
+    return output_name(file.name, str(file) + "/" * (level - len(parts) - 1))
 
 
 def output_name(text: str, hashed: str = "") -> str:

@@ -1,9 +1,10 @@
 """What may be written: nothing that this run reads, and no file that was there before this program wrote it.
 
 Everything that is written or removed passes `check`, and every input is told to `reading`. In each folder a hidden
-ledger names the files that this program wrote there, a JSON string a line, each noted before the file appears. A file
-outside the ledger is somebody's own: it is never replaced, not even with --overwrite. What is in the ledger is never
-taken for an input where a folder is listed.
+ledger names the files that this program wrote there, a JSON string a line, each noted before the file appears; a
+picture once more when it stands, with its hash. A file outside the ledger, or a picture that is another one now, is
+somebody's own: it is never replaced, not even with --overwrite. Other files in the ledger are never taken for an input
+where a folder is listed.
 """
 
 import json
@@ -11,12 +12,13 @@ import mimetypes
 import os
 import re
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from models.errors import UserError
-from pipeline.paths import real, utf8_name
+from models.weights.downloads import file_hash
+from pipeline.paths import IS_EMPTY, native_name, problem_of, real, utf8_name
 
 LEDGER = ".cnn-vlm"
 # Behind the name of an artefact: its sidecar, what is half-written, and the parts of several ranks.
@@ -35,7 +37,7 @@ EARLIER = (  # pictures of results of earlier versions, and what stands beside t
 FACTS = {"stage", "weights_sha256"}  # of which every sidecar states one
 
 _inputs: dict[tuple[int, int], Path] = {}  # device and file number: links, hard ones too, are the same file
-_ledgers: dict[Path, set[str]] = {}
+_ledgers: dict[Path, dict[str, str]] = {}  # by folder and name, the hash of a picture
 _one_at_a_time = threading.RLock()
 
 
@@ -64,11 +66,12 @@ def check(path: Path, note: bool = True) -> None:
         _refuse_inputs(path)
         folder = real(path.parent)
         names = _ledger(folder)
-        if is_written(path.name, names):
-            return
         if os.path.lexists(folder / path.name):
-            names.update(_read(folder / LEDGER))  # another rank may have written it meanwhile
-            if is_written(path.name, names):
+            if not _is_ours(folder, path.name, names):
+                names.update(_read(folder / LEDGER))  # another rank may have written it meanwhile
+            if _is_ours(folder, path.name, names):
+                if note and names.get(utf8_name(path.name)):
+                    _note(folder, [path.name])  # another picture will stand there
                 return
             if claimed := [name for name in _owners(path.name) if _is_claimed(folder / name)]:
                 _note(folder, claimed)  # somebody put a finished artefact here, with its sidecar
@@ -76,8 +79,15 @@ def check(path: Path, note: bool = True) -> None:
             raise UserError(
                 f"{path} was not written by this program, and would be replaced: move it away, or write elsewhere"
             )
-        if note:
+        if note and not is_written(path.name, names):
             _note(folder, [path.name])
+
+
+def wrote(path: Path) -> None:
+    """Note which picture stands now where `check` allowed one."""
+    if _is_picture(path.name):
+        with _one_at_a_time:
+            _note(real(path.parent), [path.name], file_hash(path))
 
 
 def foresee(folder: Path, *names: str) -> None:
@@ -89,8 +99,8 @@ def foresee(folder: Path, *names: str) -> None:
 def check_lock(path: Path) -> None:
     """Refuse a lock's file that leads elsewhere or holds something: opening it empties it."""
     _refuse_inputs(path)
-    with suppress(FileNotFoundError):
-        if path.is_symlink() or not LOCK.match(path.read_bytes()[:20]):
+    if os.path.lexists(path):
+        if path.is_symlink() or problem_of(path) not in ("", IS_EMPTY) or not LOCK.match(path.read_bytes()[:20]):
             raise UserError(f"{path} is no lock of this program, and its name is needed for one: move it away")
     with _one_at_a_time:
         _ledger(path.parent)
@@ -106,9 +116,11 @@ def remove(path: Path) -> None:
 
 
 def written(folder: Path) -> frozenset[str]:
-    """Names of the files that this program wrote right inside a folder."""
+    """Names of the files right inside a folder that this program wrote, and nobody replaced."""
     with _one_at_a_time:
-        return frozenset(_read(real(folder) / LEDGER))
+        folder = real(folder)
+        names = _read(folder / LEDGER)
+        return frozenset(name for name in names if _is_unchanged(folder / native_name(name), names[name]))
 
 
 def is_written(name: str, names: Collection[str]) -> bool:
@@ -129,40 +141,57 @@ def _owners(name: str) -> list[str]:
     return owners
 
 
-def _refuse_inputs(path: Path) -> None:
+def is_read(path: Path) -> bool:
+    """Whether a path leads to an input of this run."""
     with suppress(OSError, ValueError):
         status = Path(path).stat()
-        if (status.st_dev, status.st_ino) in _inputs:
-            raise UserError(f"{path} is read by this run and would be replaced: write elsewhere, with another --out")
+        return (status.st_dev, status.st_ino) in _inputs
+    return False
 
 
-def _ledger(folder: Path) -> set[str]:
+def _refuse_inputs(path: Path) -> None:
+    if is_read(path):
+        raise UserError(f"{path} is read by this run and would be replaced: write elsewhere, with another --out")
+
+
+def _is_ours(folder: Path, name: str, names: Mapping[str, str]) -> bool:
+    """Whether a file that stands there is what this program wrote, by the `names` of a ledger."""
+    return is_written(name, names) and _is_unchanged(folder / name, names.get(utf8_name(name), ""))
+
+
+def _is_unchanged(path: Path, digest: str) -> bool:
+    """Whether a file may still be the one that had this hash, any if it is empty."""
+    with suppress(OSError):
+        return not digest or not path.is_file() or file_hash(path) == digest
+    return False
+
+
+def _ledger(folder: Path) -> dict[str, str]:
     if folder not in _ledgers:
         ledger = folder / LEDGER
-        names = set(_read(ledger))
+        _ledgers[folder] = _read(ledger)
         if not ledger.exists() and (earlier := _of_earlier_versions(folder)):
             _note(folder, earlier)
-            names.update(map(utf8_name, earlier))
-        _ledgers[folder] = names
     return _ledgers[folder]
 
 
-def _read(ledger: Path) -> list[str]:
-    try:
-        lines = ledger.read_bytes().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return []
-    names = []
-    for line in lines:
+def _read(ledger: Path) -> dict[str, str]:
+    """Names of a ledger, each with the hash it was noted with last."""
+    if problem_of(ledger):
+        return {}
+    names = {}
+    for line in ledger.read_bytes().decode("utf-8", "replace").splitlines():
         with suppress(ValueError):  # cut off by a kill or a full disk
-            names.append(str(json.loads(line)))
+            noted = json.loads(line)
+            name, digest = noted if isinstance(noted, list) and len(noted) == 2 else (noted, "")
+            names[str(name)] = str(digest)
     return names
 
 
-def _note(folder: Path, names: list[str]) -> None:
+def _note(folder: Path, names: list[str], digest: str = "") -> None:
     ledger, names = folder / LEDGER, [utf8_name(name) for name in names]
     _refuse_inputs(ledger)
-    if ledger.is_symlink() or (ledger.exists() and ledger.stat().st_size and not _read(ledger)):
+    if os.path.lexists(ledger) and (ledger.is_symlink() or (problem_of(ledger) != IS_EMPTY and not _read(ledger))):
         raise UserError(f"{ledger} is no list of this program, and its name is needed for one: move it away")
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     descriptor = os.open(ledger, flags, 0o666)
@@ -170,11 +199,11 @@ def _note(folder: Path, names: list[str]) -> None:
         if size := os.fstat(descriptor).st_size:
             os.lseek(descriptor, size - 1, os.SEEK_SET)
         cut_off = size and os.read(descriptor, 1) != b"\n"  # by a full disk, or a power cut
-        lines = "".join(f"{json.dumps(name)}\n" for name in names)
+        lines = "".join(f"{json.dumps([name, digest] if digest else name)}\n" for name in names)
         os.write(descriptor, (f"\n{lines}" if cut_off else lines).encode())
     finally:
         os.close(descriptor)
-    _ledgers.setdefault(folder, set()).update(names)
+    _ledgers.setdefault(folder, {}).update(dict.fromkeys(names, digest))
 
 
 def _of_earlier_versions(folder: Path) -> list[str]:
@@ -190,6 +219,8 @@ def _of_earlier_versions(folder: Path) -> list[str]:
 def _has_marks(folder: Path) -> bool:
     for path in folder.iterdir():
         with suppress(OSError, ValueError, RecursionError):
+            if problem_of(path) not in ("", IS_EMPTY):
+                continue
             if STATE.fullmatch(path.name):
                 return True
             if (raw := RAW_MAP.fullmatch(path.name)) and path.with_name(f"{raw[1]}-overlay.png").is_file():

@@ -68,6 +68,7 @@ def place(root: Path, files: list[tuple[str, str, str]]) -> list[Path]:
     """A photo, a list, fixations, and `files` among three folders: photos, own notes, links; those that are files."""
     for folder in PLACES:
         (root / folder).mkdir(parents=True)
+    ownership.forget()  # new files may have the numbers of earlier inputs
     images.write_png(root / "picture.png", make_photo(0, 20, 30))
     content = (root / "picture.png").read_bytes()
     first = root / "a" / "first.png"
@@ -171,6 +172,37 @@ def test_what_is_ours_may_be_written_again(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is read by this run and would be replaced"):
             artefacts.write_text(path, "x")
     ownership.forget()
+
+
+def test_a_picture_that_somebody_replaced_is_theirs(tmp_path: Path) -> None:
+    ownership.forget()
+    for seed in (0, 0, 1):
+        images.write_png(tmp_path / "a.png", make_photo(seed, 4, 4))
+    (tmp_path / "copied").mkdir()
+    for name in ("a.png", ownership.LEDGER):
+        shutil.copyfile(tmp_path / name, tmp_path / "copied" / name)
+    ownership.forget()
+    images.write_png(tmp_path / "copied" / "a.png", make_photo(2, 4, 4))
+    assert ownership.written(tmp_path) == {"a.png"}
+    (tmp_path / "a.png").write_bytes(b"a photo")
+    for _ in range(2):
+        assert not ownership.written(tmp_path)
+        with pytest.raises(UserError, match="was not written by this program"):
+            images.write_png(tmp_path / "a.png", make_photo(1, 4, 4))
+        ownership.forget()
+
+
+def test_a_pipe_where_a_list_or_lock_is_to_be_is_refused(tmp_path: Path) -> None:
+    """Opening it would wait for ever."""
+    for name, work in (
+        (ownership.LEDGER, lambda: artefacts.write_text(tmp_path / "a.txt", "x")),
+        (".d.lock", lambda: ownership.check_lock(tmp_path / ".d.lock")),
+    ):
+        ownership.forget()
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match="its name is needed for one: move it away"):
+            work()
+        (tmp_path / name).unlink()
 
 
 def test_files_of_earlier_versions_may_be_written_again(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import saliency
 from pipeline import artefacts, images
@@ -61,18 +62,42 @@ def test_stage_1_beside_its_inputs(photos: Path) -> None:
 
 
 def test_maps_of_names_that_are_no_text(photos: Path) -> None:
-    """In the folder above, under a locale without letters; then into the photos' own folder, which is refused."""
+    """In the folder above, under a locale without letters."""
     vlm = ["--vlm", str(ROOT / "models" / "pretrained" / "alexnet.safetensors"), "--weights", "random"]
     named = [f"photos/{name}" for name in (BYTES, STEERS, "猫.png")]
     result = run("saliency.py", photos.parent, *named, *vlm, "--verbose", "--out", ".", **POSIX)
     assert result.returncode == 0, result.stderr
     assert b"\x1b" not in result.stdout + result.stderr
     assert len(list(photos.parent.glob("*-overlay.png"))) == 3 and (photos.parent / "猫-overlay.png").exists()
-    before = {path: path.read_bytes() for path in photos.glob("*.png")}
-    result = run("saliency.py", photos, "cat.png", *vlm, "--out", "./")
-    assert result.returncode == 2 and result.stderr.count(b"\n") == 1, result.stderr
-    assert b"cat.png is read by this run and would be replaced" in result.stderr
-    assert {path: path.read_bytes() for path in photos.glob("*.png")} == before
+
+
+def test_maps_beside_their_photos(tmp_path: Path, tiny_workspace: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
+    """A photo is never replaced, and maps never become photos, however often and with what a shell makes of `*`."""
+    vlm = ["--vlm", str(tiny_workspace / "vlm.safetensors"), "--weights", "random", "--device", "cpu"]
+
+    def maps(*inputs: Path) -> list[str]:
+        """What a run says of its maps; names of all photos and maps."""
+        assert saliency.main([*map(str, inputs), *vlm, "--out", str(tmp_path)]) == 0
+        assert {path: path.read_bytes() for path in photos} == photos
+        return sorted(path.name.removesuffix("-overlay.png") for path in tmp_path.glob("*-overlay.png"))
+
+    def new(name: str, seed: int) -> None:
+        path = tmp_path / name
+        Image.fromarray(make_photo(seed, 66, 70)).save(path)
+        photos[path] = path.read_bytes()
+
+    photos: dict[Path, bytes] = {}
+    new("a.jpg", 0)
+    assert maps(tmp_path) == ["a"]
+    new("cat.png", 1)
+    new("b.jpg", 2)
+    for _ in range(2):
+        assert maps(tmp_path) == ["a", "b", "cat.png"]
+        assert "3 saliency maps" in capsys.readouterr().out
+    assert maps(*sorted(path for path in tmp_path.glob("[!.]*"))) == ["a", "b", "cat.png"]
+    (tmp_path / "a.png").unlink()  # a map, whose name a new photo takes
+    new("a.png", 3)
+    assert maps(tmp_path) == ["a", "a.jpg", "a.png", "b", "cat.png"]
 
 
 def test_a_disk_that_refuses_a_name(
