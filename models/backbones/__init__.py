@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from models.backbones.architecture import Architecture
 from models.backbones.backbone import Backbone, central_part, centre_crop, random_parameters
 from models.backbones.chains import CHAINS, chain, named
-from models.backbones.efficientnet_lite import EFFICIENTNET_LITE0
+from models.backbones.efficientnet_lite import EFFICIENTNET_LITE0, EFFICIENTNET_LITE2
 from models.errors import UserError
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "random_parameters",
 ]
 
-ARCHITECTURES: dict[str, Architecture] = {a.name: a for a in (*CHAINS, EFFICIENTNET_LITE0)}
+ARCHITECTURES: dict[str, Architecture] = {a.name: a for a in (*CHAINS, EFFICIENTNET_LITE0, EFFICIENTNET_LITE2)}
 
 
 def find_architecture(name: str) -> Architecture:

