@@ -21,15 +21,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.weights.downloads import file_hash
-from pipeline import artefacts, distributed, locks, networks, options, program
+from pipeline import artefacts, distributed, locks, options, program
+from pipeline.images import open_stored
 from pipeline.progress import Progress, SafePoints
-from pipeline.views import Views, add_view_options, network_batches
+from pipeline.splits import split_for_statistics
 
 if TYPE_CHECKING:
     from models.backbones import Backbone
     from models.projection import Projection
     from pipeline.features import FeatureFiles
     from pipeline.tap_statistics import TapStatistics
+    from pipeline.views import Views
 
 PROJECTED_AT_ONCE = 4  # images; what is projected is still in the processor's cache
 
@@ -55,20 +57,18 @@ def collect_statistics(
         pca_positions: positions sampled of each layer, about; spread over all images, drawn from `seed`.
         state: file where progress is kept while this runs; one of other `facts` is ignored.
     """
-    import torch
-
     from models.projection import draw_positions, positions_per_image
-    from pipeline.tap_statistics import TapStatistics
+    from pipeline import features, tap_statistics, views
 
     crop, per_image = backbone.architecture.crop, positions_per_image(len(rows), pca_positions)
     grids = {layer: int(np.prod(backbone.architecture.grid(layer, *crop))) for layer in layers}
     first, stop = distributed.span(len(rows), batch_size)
-    statistics = TapStatistics.empty(backbone.architecture, layers, others, stop - first, per_image)
+    statistics = tap_statistics.TapStatistics.empty(backbone.architecture, layers, others, stop - first, per_image)
     state, facts = artefacts.rank_path(state), {**facts, "rows": [first, stop]}
     statistics.restore(state, facts)
-    batches = network_batches(images, backbone, batch_size, rows[first + statistics.done : stop])
+    batches = views.network_batches(images, backbone, batch_size, rows[first + statistics.done : stop])
     progress = Progress(stop - first, "statistics", "images", statistics.done)
-    with progress, SafePoints() as signals, torch.no_grad():
+    with progress, SafePoints(features.SAVE_EVERY) as signals:
         for numbers, x in batches:
             taps = backbone(x, list(statistics.moments))
             drawn = {
@@ -77,33 +77,11 @@ def collect_statistics(
             }
             statistics.add(taps, drawn)
             progress.update(len(x))
-            statistics.save(state, facts, now=False)
             signals.check(lambda: statistics.save(state, facts))
     if distributed.size() > 1:
         statistics.save(state, facts)  # another rank may fail while this one waits for it
     statistics.reduce()
     return statistics
-
-
-def fit_projections(statistics: "TapStatistics") -> "dict[str, Projection]":
-    """The projection of every layer that was sampled: its moments, and PCA of the standardised samples.
-
-    Constant channels are reported.
-    """
-    import torch
-
-    from models.projection import Projection
-
-    projections = {}
-    for layer, sampled in statistics.samples.items():
-        moments = statistics.moments[layer]
-        std, constant = moments.guarded_std()
-        if constant:
-            print(f"{layer}: channels {constant} are constant, their standard deviation counts as 1", flush=True)
-        samples = torch.from_numpy(sampled).flatten(0, 1)  # (n, C)
-        standardised = (samples - moments.mean.float()) / std.float()
-        projections[layer] = Projection.fit(moments.mean, std, standardised.numpy())
-    return projections
 
 
 def write_features(
@@ -113,19 +91,20 @@ def write_features(
     files: "FeatureFiles",
     *,
     batch_size: int,
-    views: Views,
+    views: "Views",
 ) -> None:
     """Pass 2: project every layer of every view of the images (N, 256, 256, 3), and write it to `files`."""
-    import torch
     import torch.nn.functional as F
 
     from models.projection import fold_deepest
+    from pipeline.features import SAVE_EVERY
+    from pipeline.views import network_batches
 
     backbone, folded = fold_deepest(backbone, projections)
     products = {layer: [t.to(backbone.device) for t in p.as_product()] for layer, p in projections.items()}
     batches = network_batches(images, backbone, batch_size, np.arange(files.done, files.stop), views)
     progress = Progress(files.stop - files.first, "features", "images", files.done - files.first)
-    with files, progress, SafePoints() as signals, torch.no_grad():
+    with files, progress, SafePoints(SAVE_EVERY) as signals:
         for _, x in batches:
             projected = {}
             for layer, features in backbone(x, list(products)).items():
@@ -136,7 +115,6 @@ def write_features(
                 projected[layer] = [part.permute(0, 2, 3, 1) for part in parts]  # (b, H, W, D)
             files.put(projected)
             progress.update(len(x))
-            files.note(now=False)
             signals.check(files.note)
         files.finish()
 
@@ -169,30 +147,33 @@ def get_parser() -> options.Parser:
         "their names",
     )
     add("--pca-positions", type=options.positive, help="positions that PCA is fitted on, spread over all images")
-    add_view_options(parser)
+    add("--views", type=options.positive, help="of each image; the first is the centre crop")
+    add("--random-crop", action="store_true", help="the other views are crops drawn from the image")
+    add("--flip", action="store_true", help="half of the other views are mirrored")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the inputs, describe the results, make what of them is missing."""
     args = options.parse_args(get_parser(), argv, "extract_features")
+    from pipeline import networks
+    from pipeline.features import STATE, FeatureFiles, check_room, clear, feature_facts, unfinished
+    from pipeline.tap_statistics import read_projections, write_projections
+    from pipeline.views import Views
+
     if args.list_layers:
         return networks.print_taps(args.backbone)
     views = Views.checked(args.views, args.random_crop, args.flip, args.seed)
     device = networks.prepare_device(args.device)
     folder = args.out or args.root / "features"
     with distributed.group(device), locks.claim(folder):
-        from pipeline.features import STATE, FeatureFiles, check_room, clear, feature_facts, unfinished
-        from pipeline.images import open_stored
-        from pipeline.splits import split_for_statistics
-        from pipeline.tap_statistics import read_projections, write_projections
-
         images, source = open_stored(args.images or args.root / "images.npy")
         images, names = images[: args.limit], source["names"][: args.limit]
         held_out, training = split_for_statistics(args.held_out, names, args.seed)
-        program.announce(args, device)
+        program.announce(vars(args), device)
         taps = [*(args.layers or []), *(args.statistics or [])]
-        backbone, weights = networks.load_backbone(networks.WeightsChoice.of(args), args.backbone, taps, device)
+        choice = networks.WeightsChoice(args.weights, args.mean_image, args.cache, args.seed)
+        backbone, weights = networks.load_backbone(choice, args.backbone, taps, device)
         backbone = networks.lay_out(backbone)
         layers = list(dict.fromkeys(args.layers or backbone.architecture.vlm_layers))
         backbone.architecture.check_maps(layers)
@@ -227,9 +208,7 @@ def main(argv: list[str] | None = None) -> None:
                 facts=noted,
             )
             about = {"weights": weights.source, "sources": source.get("sources"), "names": names}
-            distributed.first(
-                lambda: write_projections(path, fit_projections(statistics), statistics.moments, noted, about)
-            )
+            distributed.first(lambda: write_projections(path, statistics, noted, about))
         distributed.first(lambda: artefacts.discard(folder / STATE))
         projections = distributed.first(lambda: read_projections(path, layers))
         facts |= {"projection_sha256": distributed.first(lambda: file_hash(path)), "dtype": args.dtype}

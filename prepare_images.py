@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.source is None:
         raise UserError("--source is missing: give a folder, a tar, a list file, or 'samples'")
     out = args.out or args.root / "images.npy"
-    program.announce(args)
+    program.announce(vars(args))
     entries = list_images(args.source, args.num_images, args.seed)
     facts = {
         "stage": "prepare_images",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from models.errors import UserError
 from models.weights.downloads import file_hash
-from pipeline import artefacts, locks, networks, options, ownership, program
+from pipeline import artefacts, locks, options, ownership, program
 from pipeline.progress import Progress, SafePoints, Terminated
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the stage; 2 if one of several inputs could not be reconstructed."""
     args = options.parse_args(get_parser(), argv, "reconstruct")
     from models.checkpoints import load_vlm
-    from pipeline import reconstruction, targets
+    from pipeline import networks, reconstruction, targets
 
     checkpoint, images = args.vlm or args.root / "vlm.safetensors", args.images or args.root / "images.npy"
     vlm, notes = load_vlm(checkpoint)
@@ -208,8 +208,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"every descent of {args.regularizer} starts from the same image: use --restarts 1")
     device = networks.prepare_device(args.device)
     effective = {"vlm_weight": objective.vlm_weight, "energy_weight": objective.energy_weight}
-    program.announce(options.replace(args, **effective, **descent.values(schedule.decay_at)), device)
-    backbone, weights = networks.load_backbone(networks.WeightsChoice.of(args), notes.backbone, [args.target], device)
+    program.announce({**vars(args), **effective, **descent.values(schedule.decay_at)}, device)
+    choice = networks.WeightsChoice(args.weights, args.mean_image, args.cache, args.seed)
+    backbone, weights = networks.load_backbone(choice, notes.backbone, [args.target], device)
     taps = reconstruction.taps_measured(objective, descent)
     statistics, measured = targets.needed_statistics(vlm.statistics, args.statistics, backbone, taps)
     vlm = vlm.freeze().to(device)

@@ -12,6 +12,7 @@ Before each stage the equivalent single command is printed; it works by hand.
 """
 
 import argparse
+import importlib
 import json
 import shlex
 import sys
@@ -20,8 +21,10 @@ from pathlib import Path
 
 from models.errors import UserError
 from pipeline import artefacts, options, parsers, program
-from pipeline.networks import PRETRAINED
-from pipeline.presets import PRESETS
+from pipeline.figures import picture_row
+from pipeline.images import limit_side, output_name, read_rgb
+from pipeline.presets import PRESETS, PRETRAINED
+from pipeline.sources import sample_photos
 
 STAGES = ("prepare_images", "extract_features", "train_vlm", "reconstruct", "saliency")
 STAGE_NUMBERS = {str(number): name for number, name in enumerate(STAGES, start=1)} | {name: name for name in STAGES}
@@ -39,44 +42,8 @@ def stage_name(text: str) -> str:
     return name
 
 
-def stage_commands(args: argparse.Namespace) -> dict[str, list[list[str]]]:
-    """The argument lists that each stage is called with, in order."""
-    common = ["--preset", args.preset, "--root", str(args.root), "--device", args.device, "--seed", str(args.seed)]
-    if args.overwrite:
-        common.append("--overwrite")
-    if args.verbose:
-        common.append("--verbose")
-    weights = ["--weights", args.weights]
-    weights += ["--mean-image", str(args.mean_image)] if args.mean_image else []
-    weights += ["--cache", str(args.cache)] if args.cache else []
-    image, deep = str(args.image or sample_image()), options.image_arguments()
-    prepare = ["--source", *args.source] if args.source is not None else []
-    prepare += ["--num-images", str(args.num_images)] if args.num_images else []
-    layers = ["--layers", *args.layers] if args.layers else []
-    train = ["--iterations", str(args.iterations)] if args.iterations else []
-    if args.preset == "demo" and args.weights == "auto":  # its photos are too few to begin from nothing
-        train += ["--init", str(SHIPPED)]
-    rebuild = ["--iterations", str(args.reconstruction_iterations)] if args.reconstruction_iterations else []
-    return {
-        "prepare_images": [[*common, *prepare, *deep]],
-        "extract_features": [[*common, *weights, *layers]],
-        "train_vlm": [[*common, *layers, *train]],
-        "reconstruct": [[image, *common, *weights, *rebuild, *deep, "--regularizer", name] for name in ("vlm", "none")],
-        "saliency": [[image, *common, *weights, *deep]],
-    }
-
-
-def sample_image() -> Path:
-    """The photo that stages 4 and 5 show when none is given."""
-    from pipeline.sources import sample_photos
-
-    return sample_photos()[0]
-
-
 def run_stage(name: str, argv: list[str]) -> None:
     """Call one stage's main in this process."""
-    import importlib
-
     print(f"\n$ python {name}.py {shlex.join(argv)}", flush=True)
     if importlib.import_module(name).main(argv):
         raise UserError(f"{name}.py failed: see the lines above")
@@ -86,8 +53,6 @@ def print_plan(
     commands: dict[str, list[list[str]]], preset: str, layers: list[str] | None, processes: int, gflops: float
 ) -> None:
     """Every stage's commands, every value that they will use with its source, and what the stage will cost."""
-    import importlib
-
     from models.backbones import find_architecture
     from models.objective import descent_for
     from pipeline import plan
@@ -132,8 +97,6 @@ def print_plan(
 def show_results(root: Path, image: Path, target: str, descent: str, lead: list[str], seconds: float) -> Path:
     """The page of a workspace, which is returned; the same as a picture, figures/summary.png; and README.txt."""
     from pipeline import report_parts
-    from pipeline.figures import picture_row
-    from pipeline.images import limit_side, output_name, read_rgb
     from pipeline.report import write
     from pipeline.results_page import WORKSPACE, results_report
 
@@ -200,13 +163,28 @@ def main(argv: list[str] | None = None) -> None:
     chosen = STAGES[STAGES.index(args.first) : STAGES.index(args.last) + 1]
     if not chosen:
         raise UserError(f"--from {args.first} comes after --to {args.last}: exchange them")
+    image, first_training = args.image or sample_photos()[0], {}
+    if args.preset == "demo" and args.weights == "auto":  # its photos are too few to begin from nothing
+        first_training = {"init": SHIPPED}
+    given = options.as_arguments
+    machine = given(device=args.device, seed=args.seed, overwrite=args.overwrite, verbose=args.verbose)
+    common = given(preset=args.preset, root=args.root) + machine
+    weights = given(weights=args.weights, mean_image=args.mean_image, cache=args.cache)
+    layers, deep = given(layers=args.layers), given(range=args.range)
+    rebuild = [str(image), *common, *weights, *given(iterations=args.reconstruction_iterations), *deep]
+    commands = {
+        "prepare_images": [[*common, *given(source=args.source, num_images=args.num_images), *deep]],
+        "extract_features": [[*common, *weights, *layers]],
+        "train_vlm": [[*common, *layers, *given(iterations=args.iterations, **first_training)]],
+        "reconstruct": [[*rebuild, "--regularizer", name] for name in ("vlm", "none")],
+        "saliency": [[str(image), *common, *weights, *deep]],
+    }
     if args.dry_run:
-        print_plan(stage_commands(args), args.preset, args.layers, args.processes, args.gflops)
+        print_plan(commands, args.preset, args.layers, args.processes, args.gflops)
         return
     if "prepare_images" in chosen and args.source is None and args.preset != "demo":
         raise UserError(f"--source is missing: preset {args.preset} trains on your images (or use --preset demo)")
     started = time.monotonic()
-    commands = stage_commands(args)
     for stage in chosen:
         stage_started = time.monotonic()
         for stage_argv in commands[stage]:
@@ -214,8 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{stage}: {time.monotonic() - stage_started:.0f} s", flush=True)
     if "saliency" in chosen:
         target, descent = (PRESETS[args.preset]["reconstruct"][key].value for key in ("target", "descent"))
-        image, seconds = args.image or sample_image(), time.monotonic() - started
-        lead = [GOES_ON] if "--init" in commands["train_vlm"][0] else []
+        lead, seconds = [GOES_ON] if first_training else [], time.monotonic() - started
         print(f"\n{show_results(args.root, image, target, descent, lead, seconds)} shows the results")
     size = sum(p.stat().st_size for p in args.root.rglob("*") if p.is_file())
     print(f"{args.root}: {artefacts.format_bytes(size)}, {time.monotonic() - started:.0f} s in all")

@@ -16,15 +16,19 @@ sample photos; what they are made of stays in out/figures/, where another run ta
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+import reconstruct
+import saliency
 from models.errors import UserError
-from pipeline import artefacts, networks, options, ownership, program
-from pipeline.networks import PRETRAINED
+from pipeline import artefacts, options, ownership, program
+from pipeline.images import limit_side, output_name, read_rgb
+from pipeline.presets import PRETRAINED
+from pipeline.sources import sample_photos
 
 if TYPE_CHECKING:
     from pipeline.detector import Detector
@@ -34,9 +38,9 @@ RECONSTRUCTION = PRETRAINED / "alexnet.safetensors"
 SALIENCY = PRETRAINED / "vgg16.safetensors"
 ASSETS = Path(__file__).parent / "assets"
 DESCENTS = {  # reconstructions of the page: folder -> title, options of reconstruct.py
-    "vlm": ("with language models", ["--regularizer", "vlm", "--descent", "fourier"]),
-    "none": ("without them", ["--regularizer", "none", "--descent", "fourier"]),
-    "authors": ("with them, the paper's descent", ["--regularizer", "vlm", "--descent", "authors"]),
+    "vlm": ("with language models", {"regularizer": "vlm", "descent": "fourier"}),
+    "none": ("without them", {"regularizer": "none", "descent": "fourier"}),
+    "authors": ("with them, the paper's descent", {"regularizer": "vlm", "descent": "authors"}),
 }
 SMALL, AT_MOST = "authors", 200  # the figure shows it small; it gets no more updates
 # The README's pictures: sample photos by their names.
@@ -65,19 +69,17 @@ class Run:
     seed: int = 0
     weights: str = "auto"
     cache: Path | None = None
-    deep: tuple[str, ...] = ()  # how values of more than 8 bits are read
+    range: list[float] | None = None  # black and white of images of more than 8 bits
     overwrite: bool = False
 
-    def shared(self, *more: object) -> list[str]:
+    def shared(self, **more: object) -> list[str]:
         """Options that every stage gets, and more."""
-        options = ["--device", self.device, "--seed", self.seed, *(["--overwrite"] if self.overwrite else [])]
-        return [str(o) for o in (*options, *self.deep, *(["--cache", self.cache] if self.cache else []), *more)]
+        own = {name: getattr(self, name) for name in ("device", "seed", "overwrite", "range", "cache")}
+        return options.as_arguments(**own, **more)
 
     @property
     def saliency(self) -> Path:
         """The saliency map."""
-        from pipeline.images import output_name
-
         return self.out / "saliency" / f"{output_name(self.image.stem)}.npy"
 
     @property
@@ -88,6 +90,7 @@ class Run:
 
 def open_detector(run: Run, checkpoint: Path, *, control: str = "") -> "Detector":
     """The detector of a checkpoint, with a reading for every layer, and one for a control."""
+    from pipeline import networks
     from pipeline.results_page import detector_of_layers
 
     weights = networks.WeightsChoice(run.weights if checkpoint == RECONSTRUCTION else "auto", None, run.cache, run.seed)
@@ -96,10 +99,8 @@ def open_detector(run: Run, checkpoint: Path, *, control: str = "") -> "Detector
 
 def make_saliency(run: Run) -> None:
     """The saliency map and its overlay."""
-    import saliency
-
-    options = run.shared("--max-side", run.max_side, "--vlm", SALIENCY, "--out", run.saliency.parent)
-    if saliency.main([str(run.image), *options]):
+    given = run.shared(max_side=run.max_side, vlm=SALIENCY, out=run.saliency.parent)
+    if saliency.main([str(run.image), *given]):
         raise UserError(f"{run.image} gives no saliency map: see the line above")
 
 
@@ -115,20 +116,17 @@ def make_layer_maps(run: Run, rgb: np.ndarray) -> "tuple[list[LayerResult], Natu
 
 def make_reconstructions(run: Run) -> Iterator[Path]:
     """Every descent of `DESCENTS`, one after the other."""
-    import reconstruct
-
     for name, (_, descent) in DESCENTS.items():
         iterations = min(run.iterations or AT_MOST, AT_MOST) if name == SMALL else run.iterations
-        updates = ["--iterations", iterations] if iterations else []
         folder = run.out / "reconstructions" / name
-        options = run.shared("--weights", run.weights, "--vlm", RECONSTRUCTION, "--target", run.target, "--out", folder)
-        reconstruct.main([str(run.image), *options, *map(str, updates), *descent])
+        asked = {"weights": run.weights, "target": run.target, "iterations": iterations}
+        reconstruct.main([str(run.image), *run.shared(vlm=RECONSTRUCTION, out=folder, **asked, **descent)])
         yield folder
 
 
 def make_results(run: Run, started: float, dpi: int = 120) -> Path:
     """Everything of one image; the page is written anew whenever something is added to it. Returns the figure."""
-    from pipeline.images import limit_side, output_name, read_rgb
+    from pipeline import networks
     from pipeline.report import write
     from pipeline.report_parts import facts_of_run, write_guide
     from pipeline.results_page import GUIDE, draw_figure, results_report
@@ -168,9 +166,7 @@ def make_readme_pictures(run: Run, folder: Path, started: float) -> list[Path]:
     Raises:
         UserError: a sample photo is missing.
     """
-    import reconstruct
     from pipeline import readme_pictures
-    from pipeline.sources import sample_photos
 
     photos = {path.stem: path for path in sample_photos()}
     if missing := {*SALIENCY_PHOTOS, *RECONSTRUCTED_PHOTOS} - photos.keys():
@@ -185,9 +181,8 @@ def make_readme_pictures(run: Run, folder: Path, started: float) -> list[Path]:
     columns = {name: run.out / "photos" / name for name in REGULARIZERS}
     for number, (name, out) in enumerate(columns.items(), start=1):
         print(f"\nreconstructions {number} of {len(columns)}: {name}", flush=True)
-        options = ["--vlm", RECONSTRUCTION, "--target", run.target, "--regularizer", name, "--out", out]
-        updates = ["--iterations", run.iterations] if run.iterations else []
-        reconstruct.main([*map(str, inverted), *run.shared("--weights", run.weights, *options, *updates)])
+        asked = {"weights": run.weights, "target": run.target, "iterations": run.iterations, "regularizer": name}
+        reconstruct.main([*map(str, inverted), *run.shared(vlm=RECONSTRUCTION, out=out, **asked)])
     readme_pictures.reconstruction_picture(columns, inverted, reconstruction)
     return [figure, saliency, reconstruction]
 
@@ -212,26 +207,19 @@ def get_parser() -> options.Parser:
 
 def main(argv: list[str] | None = None) -> None:
     """Make the maps, the reconstructions and the page, or all pictures of the README."""
-    from pipeline.sources import sample_photos
-
     started = time.monotonic()
     args = get_parser().parse_args(argv)
     if args.figures and args.image is not None:
         raise UserError("--figures shows sample photos: leave the image out")
     out = args.out or Path("out/figures" if args.figures else "out/pretrained")
-    shared = {name: getattr(args, name) for name in ("target", "iterations", "max_side", "device", "seed", "weights")}
-    run = Run(
-        args.image or sample_photos()[0],
-        out,
-        **shared,
-        cache=args.cache,
-        deep=(*options.image_arguments(),),
-        overwrite=args.overwrite,
-    )
+    asked = {field.name: getattr(args, field.name) for field in fields(Run) if field.name not in ("image", "out")}
+    run = Run(args.image or sample_photos()[0], out, **asked)
     if not args.figures:
         plan = PLAN.format(image=program.printable(run.image.name), target=run.target)
         print(f"{plan}\n{run.out / PAGE}\n", flush=True)
-    program.announce(args, networks.prepare_device(args.device))
+    from pipeline import networks
+
+    program.announce(vars(args), networks.prepare_device(args.device))
     if args.figures:
         results = ", ".join(map(str, make_readme_pictures(run, args.out or ASSETS, started)))
     else:

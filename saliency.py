@@ -20,16 +20,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models.errors import UserError
 from models.weights.downloads import file_hash
-from pipeline import array_files, artefacts, distributed, locks, networks, options, ownership, program
+from pipeline import array_files, artefacts, distributed, locks, options, ownership, program
+from pipeline.figures import overlay
+from pipeline.images import check_file, limit_side, list_images, read_rgb, write_png
 from pipeline.overlap import overlapped
 from pipeline.progress import Progress
 
 if TYPE_CHECKING:
-    import torch
-
-    from pipeline.detector import Detector, Postprocess
+    from pipeline.detector import Detector
 
 UNNATURALNESS = "-unnaturalness"
 NATURALNESS = "-naturalness"
@@ -55,7 +54,6 @@ def make_maps(
         NoRoomError: the disk is full.
     """
     from pipeline.detector import combined
-    from pipeline.images import check_file, limit_side, read_rgb
 
     described: dict[str, artefacts.Facts] = {}
 
@@ -106,9 +104,6 @@ def write_maps(
     out: Path, name: str, rgb: np.ndarray, raws: Mapping[str, np.ndarray], saliency: np.ndarray, facts: dict
 ) -> None:
     """All files of one image; the sidecar of the saliency map comes last."""
-    from pipeline.figures import overlay
-    from pipeline.images import write_png
-
     unit = saliency / 255 if saliency.dtype == np.uint8 else saliency
     for view, raw in raws.items():
         array_files.write_array(out / f"{name}{UNNATURALNESS}{'' if len(raws) == 1 else '-' + view}.npy", raw)
@@ -158,50 +153,22 @@ def report(path: Path, error: Exception) -> int:
     return 1
 
 
-def load_detectors(
-    checkpoints: Sequence[Path],
-    layers: Sequence[str] | None,
-    predictors: Sequence[str],
-    postprocess: "Sequence[Postprocess]",
-    choice: networks.WeightsChoice,
-    device: "torch.device",
-) -> "list[Detector]":
-    """What gives the maps that are to be added: the layers of all checkpoints, each with its predictor.
-
-    Raises:
-        UserError: a file or layer that is not there, or two maps of one name.
-    """
-    from pipeline import detector
-
-    loaded = {path: detector.Checkpoint.load(path, device) for path in dict.fromkeys(checkpoints)}
-    chosen = detector.choose_layers({path: checkpoint.vlm.layers for path, checkpoint in loaded.items()}, layers)
-    readings = []
-    for path, predictor, finish in dict.fromkeys(zip(checkpoints, predictors, postprocess, strict=True)):
-        for layer in dict.fromkeys(chosen[path]):
-            control = "" if predictor == detector.LANGUAGE_MODEL else f"-{predictor}"
-            name = f"{loaded[path].backbone}-{layer}{control}"
-            readings.append(detector.Reading(name, loaded[path], layer, predictor, finish))
-    names = [reading.name for reading in readings]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"two checkpoints give a map of {twice[0]}: leave one out, or choose another --layer")
-    return detector.load_detectors(readings, choice, device)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the stage; 2 if any image could not be read."""
     args = options.parse_args(get_parser(), argv, "saliency")
+    from pipeline import networks
+    from pipeline.detector import each, open_detectors, postprocess_each
+
     device = networks.prepare_device(args.device)
     out = args.out or args.root / "saliency"
     with distributed.group(device), locks.claim(out):
-        from pipeline.detector import each, postprocess_each
-        from pipeline.images import list_images
-
-        program.announce(args, device)
+        program.announce(vars(args), device)
+        choice = networks.WeightsChoice(args.weights, args.mean_image, args.cache, args.seed)
         checkpoints = args.vlm or [args.root / "vlm.safetensors"]
         count = len(checkpoints)
         finish = postprocess_each(args.postprocess, args.power, args.blur, args.centre_prior, count)
         predictors = each(args.predictor, count, "--predictor")
-        detectors = load_detectors(checkpoints, args.layer, predictors, finish, networks.WeightsChoice.of(args), device)
+        detectors = open_detectors(checkpoints, args.layer, predictors, finish, choice, device)
         of_readings = {name: detector.facts_of(name) for detector in detectors for name in detector.readings}
         suffixes = (*SUFFIXES, *(f"{UNNATURALNESS}-{name}" for name in of_readings))
         files, problems = list_images(args.inputs, suffixes, out)

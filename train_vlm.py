@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.errors import UserError
-from pipeline import distributed, locks, networks, options, ownership, program
+from pipeline import distributed, locks, options, ownership, program
 from pipeline.progress import Progress, SafePoints
+from pipeline.splits import split_for_training
 
 if TYPE_CHECKING:
     import torch
@@ -174,24 +175,24 @@ def get_parser() -> options.Parser:
 def main(argv: list[str] | None = None) -> None:
     """Train, or with --merge and --export only handle what was trained."""
     args = options.parse_args(get_parser(), argv, "train_vlm")
-    args = options.replace(args, out=args.out or args.root / "vlm.safetensors")
+    out = args.out or args.root / "vlm.safetensors"
+    chosen = {**vars(args), "out": out}
     if args.from_iteration and not args.init:
         raise UserError("--from-iteration tells where the weights of --init stand: give both, or neither")
     if args.from_iteration >= args.iterations:
         raise UserError(f"--from-iteration {args.from_iteration} leaves nothing of --iterations {args.iterations}")
     from models.training import check_precision, default_decays, share_of_rate
-    from pipeline import language_models
+    from pipeline import language_models, networks
     from pipeline.features import open_features
-    from pipeline.splits import split_for_training
     from pipeline.training_runs import Run, TrainingFacts
 
     if args.merge or args.export:
-        program.announce(args)
+        program.announce(chosen)
         if args.merge:
-            with locks.claim(args.out):
-                language_models.merge_files(args.merge, args.out, args.root, args.overwrite)
+            with locks.claim(out):
+                language_models.merge_files(args.merge, out, args.root, args.overwrite)
         else:
-            language_models.export(args.out, args.export)
+            language_models.export(out, args.export)
         return
     device = networks.prepare_device(args.device)
     with distributed.group(device):
@@ -199,8 +200,8 @@ def main(argv: list[str] | None = None) -> None:
         with locks.claim(*(args.root / "train_state" / layer for layer in features.layers)):
             rate = args.learning_rate or share_of_rate(args.joint_learning_rate, len(features.layers))
             decays = default_decays(args.iterations) if args.decay_at is None else sorted(args.decay_at)
-            args = options.replace(args, learning_rate=rate, decay_at=tuple(decays))
-            program.announce(args, device)
+            chosen |= {"learning_rate": rate, "decay_at": tuple(decays)}
+            program.announce(chosen, device)
             check_precision(args.precision, device)
             training, held = split_for_training(
                 args.held_out, args.exclude, features.names, features.held_out, args.seed
@@ -212,14 +213,14 @@ def main(argv: list[str] | None = None) -> None:
                 init = {"sha256": digest, "iteration": args.from_iteration}
             facts = TrainingFacts(
                 **features.facts(),
-                **{name: getattr(args, name) for name in DECIDING},
+                **{name: chosen[name] for name in DECIDING},
                 held_out=len(held),
                 held_out_names=tuple(features.names[row] for row in held),
                 exclude=tuple(args.exclude),
                 init=init,
             )
-            run = Run(args.root, args.out, vlm.to(device), features, facts, args.from_iteration)
-            distributed.first(lambda: ownership.foresee(args.out.parent, args.out.name))
+            run = Run(args.root, out, vlm.to(device), features, facts, args.from_iteration)
+            distributed.first(lambda: ownership.foresee(out.parent, out.name))
             distributed.first(lambda: ownership.foresee(args.root, "log.csv"))
             run.resume(args.overwrite)
             layers = ", ".join(features.layers)

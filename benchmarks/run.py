@@ -27,7 +27,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).parent.parent)
 
 from evaluation import tables  # noqa: E402
-from pipeline import artefacts, networks, options, program  # noqa: E402
+from pipeline import artefacts, options, program  # noqa: E402
 
 PARTS = {  # module by name
     "training": "updates",
@@ -90,12 +90,13 @@ def write(out: Path, results: dict[str, Any], lines: list[list[str]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Measure the parts asked for; what is done is on disk after each."""
     args = get_parser().parse_args(argv)
-    device = networks.prepare_device(args.device)
-    program.announce(args, device)
     import torch
 
     from benchmarks.timing import Setup
+    from pipeline import networks
 
+    device = networks.prepare_device(args.device)
+    program.announce(vars(args), device)
     if args.threads:
         torch.set_num_threads(args.threads)
     results: dict[str, Any] = {

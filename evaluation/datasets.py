@@ -14,15 +14,13 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evaluation.fixations import Fixations, read_fixations
 from models.errors import UserError
+from models.weights.downloads import RemoteFile, cache_folder, fetch
 from pipeline import artefacts
 from pipeline.progress import Progress
-
-if TYPE_CHECKING:
-    from models.weights.downloads import RemoteFile
 
 MEMBER_LIMIT = 64 << 20  # bytes that one file of an archive may unpack to
 OPTION = "--stimuli DIR --fixations"
@@ -44,23 +42,17 @@ def _either(address: str) -> tuple[str, str]:
 class Dataset:
     """What to fetch, how to unpack it and how to read it.
 
-    files() are downloaded under their names, `/` being a folder; unpack gives the place of a member of an archive in
+    files are downloaded under their names, `/` being a folder; unpack gives the place of a member of an archive in
     the data set's folder, or None to leave it; images are the stimuli, as a pattern in that folder, count of them;
     read gets the file or folder called fixations, and the stimuli's sizes by name.
     """
 
-    files: "Callable[[], tuple[RemoteFile, ...]]"
+    files: tuple[RemoteFile, ...]
     unpack: Callable[[PurePosixPath], str | None]
     images: str
     count: int
     fixations: str
     read: Callable[[Path, Mapping[str, tuple[int, int]]], Fixations] = read_fixations
-
-
-def _file(name: str, urls: tuple[str, ...], licence: str, md5: str | None = None) -> "RemoteFile":
-    from models.weights.downloads import RemoteFile
-
-    return RemoteFile(name, urls, licence, md5=md5)
 
 
 def _toronto_member(member: PurePosixPath) -> str | None:
@@ -77,10 +69,10 @@ def _mit1003_member(member: PurePosixPath) -> str | None:
 
 DATASETS: dict[str, Dataset] = {
     "osie": Dataset(
-        lambda: (
-            _file("fixations.mat", (_OSIE + "eye/fixations.mat",), "MIT", "8efdf6fe66f38b6e70f854c7ff45aa70"),
+        (
+            RemoteFile("fixations.mat", (_OSIE + "eye/fixations.mat",), "MIT", md5="8efdf6fe66f38b6e70f854c7ff45aa70"),
             # no source states hashes of the images: the commit in the address fixes them
-            *(_file(f"stimuli/{n}.jpg", (f"{_OSIE}stimuli/{n}.jpg",), "MIT") for n in range(1001, 1701)),
+            *(RemoteFile(f"stimuli/{n}.jpg", (f"{_OSIE}stimuli/{n}.jpg",), "MIT") for n in range(1001, 1701)),
         ),
         lambda member: None,
         images="stimuli/*.jpg",
@@ -88,18 +80,18 @@ DATASETS: dict[str, Dataset] = {
         fixations="fixations.mat",
     ),
     "toronto": Dataset(
-        lambda: (_file("eyetrackingdata.zip", _either(_TORONTO), _RESEARCH, "38d5c02217060d4d2d1a4649cc632af1"),),
+        (RemoteFile("eyetrackingdata.zip", _either(_TORONTO), _RESEARCH, md5="38d5c02217060d4d2d1a4649cc632af1"),),
         _toronto_member,
         images="stimuli/*.jpg",
         count=120,
         fixations="origfixdata.mat",
     ),
     "mit1003": Dataset(
-        lambda: (
-            _file(
-                "ALLSTIMULI.zip", _either(_MIT + "ALLSTIMULI.zip"), "for research", "0d7df8b954ecba69b6796e77b9afe4b6"
+        (
+            RemoteFile(
+                "ALLSTIMULI.zip", _either(_MIT + "ALLSTIMULI.zip"), _RESEARCH, md5="0d7df8b954ecba69b6796e77b9afe4b6"
             ),
-            _file("DATA.zip", _either(_MIT + "DATA.zip"), "for research", "ea19d74ad0a0144428c53e9d75c2d71c"),
+            RemoteFile("DATA.zip", _either(_MIT + "DATA.zip"), _RESEARCH, md5="ea19d74ad0a0144428c53e9d75c2d71c"),
         ),
         _mit1003_member,
         images="stimuli/*.jpeg",
@@ -117,10 +109,8 @@ def obtain(name: str, cache: Path | None = None, **options: Any) -> tuple[list[P
     Raises:
         UserError: no host gave a file, an archive is damaged, or another number of images came out of it.
     """
-    from models.weights.downloads import cache_folder
-
     dataset, folder = DATASETS[name], (cache or cache_folder()) / name
-    files, archives = dataset.files(), []
+    files, archives = dataset.files, []
     with Progress(len(files), name, "files") as progress:
         for remote in files:
             path = _fetch(remote, folder, options)
@@ -141,10 +131,8 @@ def _place_in_order(image: Path) -> tuple[int, str]:
     return (int(image.stem) if image.stem.isdecimal() else 0, image.name)
 
 
-def _fetch(remote: "RemoteFile", folder: Path, options: dict[str, Any]) -> Path:
+def _fetch(remote: RemoteFile, folder: Path, options: dict[str, Any]) -> Path:
     """One file, with a bar of its own if it is an archive."""
-    from models.weights.downloads import fetch
-
     place = folder / remote.name
     local = replace(remote, name=place.name)
     if place.suffix != ".zip":

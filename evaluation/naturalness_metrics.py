@@ -3,8 +3,11 @@
 import math
 
 import numpy as np
+from torch import from_numpy
+from torch.nn.functional import interpolate
 
 from evaluation.fixation_metrics import mean_rank
+from models.unnaturalness import pad_to
 
 WEIGHTS_AT_ONCE = 1 << 22  # values of the bootstrap's resamples held at a time
 
@@ -52,11 +55,6 @@ def region_auc(unnaturalness: np.ndarray, mask: np.ndarray, stride: tuple[int, i
     The map is enlarged and placed as `models.unnaturalness.postprocess` does, without power and blur; pixels at the rim
     that it does not reach do not count. NaN where none of the others, or none of the region's, is left.
     """
-    from torch import from_numpy
-    from torch.nn.functional import interpolate
-
-    from models.unnaturalness import pad_to
-
     values = interpolate(from_numpy(unnaturalness)[None, None], scale_factor=stride, mode="bilinear")[0, 0].numpy()
     values = pad_to(values, *np.minimum(values.shape, mask.shape))  # cropped where the map is larger
     inside = pad_to(mask, *values.shape)

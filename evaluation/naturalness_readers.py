@@ -3,19 +3,17 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
+from models.backbones import Backbone
 from models.errors import UserError
+from models.naturalness import features_of_crops, losses_and_maps
+from models.vlm import DIRECTIONS, TRIVIAL_PREDICTORS, VisualLanguageModel
 from pipeline import artefacts, networks
-
-if TYPE_CHECKING:
-    import torch
-
-    from models.backbones import Backbone
-    from models.vlm import VisualLanguageModel
-    from pipeline.detector import Checkpoint
+from pipeline.detector import Checkpoint, choose_layers
 
 MODEL, RELATIVE, NOTHING, RANDOM = "language model", "relative", "predict nothing", "random CNN"
 PREDICTORS = {  # the columns of the tables
@@ -35,8 +33,8 @@ class Reader:
     `weights` is where the network's come from; `facts` are plain JSON and determine what it says.
     """
 
-    backbone: "Backbone"
-    vlm: "VisualLanguageModel"
+    backbone: Backbone
+    vlm: VisualLanguageModel
     titles: Mapping[str, str]
     random: bool
     weights: str
@@ -60,11 +58,6 @@ class Reader:
                 yield title, RELATIVE, *map(_ratio, (losses, maps), together[title, NOTHING])
 
     def _read(self, stack: np.ndarray) -> Iterator[tuple[tuple[str, str], tuple[np.ndarray, np.ndarray]]]:
-        import torch
-
-        from models.naturalness import features_of_crops, losses_and_maps
-        from models.vlm import DIRECTIONS, TRIVIAL_PREDICTORS
-
         projected = features_of_crops(self.backbone, self.vlm, stack, self.titles)
         for layer, title in self.titles.items():
             trained = self.vlm.layers[layer]
@@ -88,10 +81,10 @@ def _ratio(values: np.ndarray, to: np.ndarray) -> np.ndarray:
 
 
 def load_readers(
-    checkpoints: "Sequence[Checkpoint]",
+    checkpoints: Sequence[Checkpoint],
     wanted: Sequence[str] | None,
     choice: networks.WeightsChoice,
-    device: "torch.device",
+    device: torch.device,
 ) -> list[Reader]:
     """A reader with the trained network and one with a random one for every checkpoint.
 
@@ -99,8 +92,6 @@ def load_readers(
         wanted: layers, None for all.
         choice: of the trained network's weights, and the random one's seed.
     """
-    from pipeline.detector import choose_layers  # torch, which --help does not wait for
-
     there = {checkpoint.path: list(checkpoint.vlm.layers) for checkpoint in checkpoints}
     chosen = choose_layers(there, wanted) if wanted else there
     readers: list[Reader] = []
@@ -119,7 +110,7 @@ def load_readers(
     return readers
 
 
-def common_held_out(checkpoints: "Sequence[Checkpoint]") -> list[str]:
+def common_held_out(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """Names of the images that no layer of any checkpoint was trained on, as they state.
 
     Raises:

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pipeline.artefacts import write_text
+from pipeline.images import read_rgb
 from pipeline.report import Group, Picture, Report, Table, render
 from pipeline.report_parts import fact_text
 
@@ -18,8 +20,6 @@ MOST_PICTURES = 12
 
 def write_page(out: Path, command: str) -> None:
     """OUT/report.html from table.md, summary.json and the pictures beside them; nothing where it would be the same."""
-    from pipeline.artefacts import write_text
-
     path, page = out / "report.html", render(report(out, command))
     if not path.is_file() or path.read_text(encoding="utf-8") != page:
         write_text(path, page)
@@ -27,8 +27,6 @@ def write_page(out: Path, command: str) -> None:
 
 def report(out: Path, command: str) -> Report:
     """What the page shows."""
-    from pipeline.images import read_rgb
-
     notes, tables, meanings = parse_tables((out / "table.md").read_text(encoding="utf-8"))
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     pictures = [

@@ -1,19 +1,5 @@
-"""How well saliency maps predict where people look, beside controls.
+"""How well saliency maps predict where people look: scores by image, tables and examples (`evaluate.py fixations`)."""
 
-In:  stimuli (a folder of images) and fixations: a .csv with the columns image, subject, x, y; OSIE's fixations.mat;
-     Toronto's origfixdata.mat; MIT1003's unpacked folder DATA; or --dataset, which downloads all of these.
-     Maps: of checkpoints (--vlm, --layer), of folders (--maps) or baselines (--baseline).
-Out: OUT/scores.csv, a line per image and model; OUT/summary.json, means with 95 % intervals over images, and paired
-     differences; OUT/table.md, both as tables; OUT/examples-<model>.png, the best, median and worst image by AUC with
-     the fixations on the map; OUT/maps/, the maps before post-processing, which another run takes up again.
-
-    python evaluate.py fixations --stimuli photos/ --fixations fixations.csv --vlm models/pretrained/vgg16.safetensors
-    torchrun --nproc-per-node=8 evaluate.py fixations --dataset osie
-
-Metrics: AUC (all pixels as negatives), shuffled AUC, NSS, CC, SIM and KLD as the MIT/Tübingen benchmark defines them.
-"""
-
-import argparse
 import hashlib
 import json
 import math
@@ -21,22 +7,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from evaluation import tables
-from evaluation.baselines import BASELINES
 from evaluation.datasets import DATASETS, obtain
 from evaluation.fixation_metrics import METRICS, all_scores, inter_observer
 from evaluation.fixations import Fixations, image_sizes, read_fixations
 from evaluation.journal import is_shown, score_all, text_sha256, write_results
+from evaluation.map_sources import Row, Source
 from models.errors import UserError
 from models.weights.downloads import file_hash
-from pipeline import artefacts, distributed, listing, locks, networks, options, ownership, program
-
-if TYPE_CHECKING:
-    from evaluation.map_sources import Row, Source
+from pipeline import artefacts, distributed, listing, ownership, program
+from pipeline.figures import picture_grid
+from pipeline.images import read_rgb, readable
 
 OBSERVERS = "inter-observer"
 Scores = dict[str, dict[str, float]]  # by row and metric, of one image
@@ -51,83 +36,14 @@ class Looks:
     unreadable: dict[Path, str] = field(default_factory=dict)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's options, but for those that every command has."""
-    add = parser.add_argument
-    add("--stimuli", type=options.folder, help="folder of the images")
-    add("--fixations", type=Path, help=".csv, .mat, or MIT1003's folder DATA")
-    add("--dataset", choices=tuple(DATASETS), help="download this data set instead")
-    add("--skip", type=options.natural, default=0, help="leave out the first images (default: 0)")
-    add("--limit", type=options.positive, help="take so many images (default: all)")
-    add(
-        "--vlm",
-        type=options.readable_file,
-        nargs="+",
-        default=[],
-        help="checkpoints (default: those in models/pretrained)",
-    )
-    add("--layer", nargs="+", help="layers, each a model of its own (default: the deepest trained)")
-    add(
-        "--add",
-        action="store_true",
-        help="score the sum of all these layers' maps too, each scaled to 0…1 first: what saliency.py makes of several "
-        "--vlm",
-    )
-    add("--maps", type=options.folder, nargs="+", default=[], help="folders of .npy or grey .png, named as the stimuli")
-    add("--baseline", choices=tuple(BASELINES), nargs="+", default=[], help="further baselines")
-    options.add_postprocess_options(parser)
-    options.add_weights_options(parser)
-    options.add_image_options(parser)
-    add("--out", type=options.writable_folder, default=Path("out/fixations"), help="folder (default: out/fixations)")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Evaluate; a finished evaluation is shown again, an interrupted one goes on. Ranks share the images."""
-    device = networks.prepare_device(args.device)
-    with distributed.group(device), locks.claim(args.out):
-        from evaluation import map_sources
-        from pipeline.detector import each, postprocess_each
-
-        program.announce(args, device)
-        places = (args.dataset, args.cache, args.stimuli, args.fixations, args.skip, args.limit)
-        looks = distributed.together(lambda: read_data(*places))
-
-        def open_sources() -> "list[Source]":
-            """What the options name, the checkpoints that ship where they name nothing."""
-            sources = map_sources.folders(args.maps, looks.images, looks.fixations.sizes)
-            if checkpoints := args.vlm or ([] if args.maps or args.baseline else networks.shipped_checkpoints()):
-                count, choice = len(checkpoints), networks.WeightsChoice.of(args)
-                finish = postprocess_each(args.postprocess, args.power, args.blur, args.centre_prior, count)
-                predictors = each(args.predictor, count, "--predictor")
-                beside = [name for b in dict.fromkeys(args.baseline) if (name := BASELINES[b].predictor)]
-                found = map_sources.model_sources(
-                    *(checkpoints, args.layer, predictors, finish, beside, choice, device),
-                    cache=args.out / "maps",
-                    fresh=args.overwrite,
-                )
-                sources += [map_sources.Added(found)] if args.add else found
-            sources.append(map_sources.Baselines(args.baseline))
-            map_sources.check_names(sources)
-            return sources
-
-        stated = {key: getattr(args, key) for key in ("power", "blur", "postprocess", "seed")}
-        stated |= {"centre_prior": args.centre_prior} if args.centre_prior else {}
-        stated |= options.image_facts()
-        evaluate(distributed.together(open_sources), looks, args.out, stated, args.overwrite)
-    return 0
-
-
 def evaluate(
-    sources: "Sequence[Source]", looks: Looks, out: Path, stated: artefacts.Facts, overwrite: bool = False
+    sources: Sequence[Source], looks: Looks, out: Path, stated: artefacts.Facts, overwrite: bool = False
 ) -> None:
     """Score all rows of the sources, unless that is finished, and write the results.
 
     Args:
         stated: options that determine the results, `seed` among them: an evaluation with others is refused.
     """
-    from evaluation.map_sources import Row
-    from pipeline.images import read_rgb
-
     rows = {name: row for source in sources for name, row in source.rows.items()}
     rows[OBSERVERS] = Row("ceiling", "fixations of all other people, blurred, as the map of each person")
     facts = {
@@ -166,8 +82,6 @@ def read_data(
     Raises:
         UserError: nothing given, both ways given, or nothing usable found.
     """
-    from pipeline.images import readable
-
     if (dataset is None) == (stimuli is None or fixations is None):
         raise UserError("give either --dataset, or both --stimuli DIR and --fixations FILE")
     if dataset:
@@ -220,7 +134,7 @@ def score_image(maps: Mapping[str, np.ndarray], fixations: Fixations, number: in
     return scores
 
 
-def differences(scores: Mapping[str, Scores], rows: "Mapping[str, Row]", seed: int) -> list[dict[str, Any]]:
+def differences(scores: Mapping[str, Scores], rows: Mapping[str, Row], seed: int) -> list[dict[str, Any]]:
     """Paired differences with intervals: every model against its controls, the baselines and the models after it."""
     models = [name for name, row in rows.items() if row.kind == "model"]
     baselines = [name for name, row in rows.items() if row.kind == "baseline"]
@@ -233,10 +147,10 @@ def differences(scores: Mapping[str, Scores], rows: "Mapping[str, Row]", seed: i
 
 def write(
     out: Path,
-    rows: "Mapping[str, Row]",
+    rows: Mapping[str, Row],
     scores: Mapping[str, Scores],
     looks: Looks,
-    sources: "Sequence[Source]",
+    sources: Sequence[Source],
     facts: artefacts.Facts,
 ) -> None:
     """All files of OUT, from the scores by image."""
@@ -285,15 +199,12 @@ def markdown(summary: dict[str, Any]) -> str:
 def draw_examples(
     path: Path,
     name: str,
-    row: "Row",
+    row: Row,
     scores: Mapping[str, Scores],
     looks: Looks,
-    sources: "Sequence[Source]",
+    sources: Sequence[Source],
 ) -> None:
     """Best, median and worst image of a model by AUC: photo, its map and those of its controls, fixations as dots."""
-    from pipeline.figures import picture_grid
-    from pipeline.images import read_rgb
-
     values = tables.column(scores, name, "auc")
     order = [int(i) for i in np.argsort(-values, kind="stable") if not math.isnan(values[i])]
     chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}

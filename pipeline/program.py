@@ -1,12 +1,11 @@
 """A script as a program: its first lines, its errors, its exit code."""
 
-import argparse
 import os
 import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -21,15 +20,15 @@ from pipeline.progress import Terminated, endings
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def announce(args: argparse.Namespace, device: object = None) -> None:
+def announce(arguments: Mapping[str, Any], device: object = None) -> None:
     """First lines of every script, once for all stages of a process: versions, device; with --verbose the arguments.
 
     The effective arguments also go into the sidecars, see `versions`.
     """
     _effective.clear()
-    _effective.update({key: printable(parsers.show(value)) for key, value in sorted(vars(args).items())})
+    _effective.update({key: printable(parsers.show(value)) for key, value in sorted(arguments.items())})
     _introduce(None if device is None else str(device))
-    if getattr(args, "verbose", False):
+    if arguments.get("verbose"):
         print("arguments: " + " ".join(f"{key}={value}" for key, value in _effective.items()), flush=True)
 
 

@@ -1,5 +1,6 @@
 """What a long piece of work shows, and where signals may stop it."""
 
+import math
 import shutil
 import signal
 import sys
@@ -102,10 +103,12 @@ class SafePoints:
                 …one step…
                 signals.check(save)
 
-    A second signal acts at once; what was saved before stands.
+    A second signal acts at once; what was saved before stands. Without a signal, `check` saves where it last did so
+    `every` seconds ago.
     """
 
-    def __init__(self):
+    def __init__(self, every: float = math.inf):
+        self.every, self.saved = every, time.monotonic()
         self.caught: int | None = None
         self.earlier: dict[int, Any] = {}
 
@@ -127,13 +130,14 @@ class SafePoints:
 
     def check(self, save: Callable[[], object] | None = None, everywhere: bool = False) -> None:
         """If a signal came, here or (`everywhere`) to another rank: call `save`, then raise what it stands for."""
-        if self.caught is None and not everywhere:
-            return
         number = self.caught
-        if save is not None:
+        stopped = number is not None or everywhere
+        if save is not None and (stopped or time.monotonic() - self.saved >= self.every):
             save()
-        self.caught = None
-        raise _stop(number)
+            self.saved = time.monotonic()
+        if stopped:
+            self.caught = None
+            raise _stop(number)
 
 
 def _stop(number: int | None) -> BaseException:

@@ -1,9 +1,8 @@
 """What pass 1 of stage 2 collects, and how it survives a kill and comes together from several ranks."""
 
 import json
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from models.backbones import Architecture
 from models.checkpoints import projection_tensors, read_tensors, take_projection
 from models.errors import UserError
 from models.projection import Moments, Projection
-from pipeline import artefacts, distributed, features, program
+from pipeline import artefacts, distributed, program
 
 
 @dataclass
@@ -27,7 +26,6 @@ class TapStatistics:
     moments: dict[str, Moments]
     samples: dict[str, np.ndarray]
     done: int = 0
-    saved: float = field(default_factory=time.monotonic)
 
     @classmethod
     def empty(
@@ -56,10 +54,8 @@ class TapStatistics:
             self.samples[layer][self.done : self.done + len(drawn)] = sampled
         self.done += len(next(iter(taps.values())))
 
-    def save(self, path: Path, facts: artefacts.Facts, *, now: bool = True) -> None:
-        """Note the state on disk so that a killed run can go on; without `now` only if the last note is old."""
-        if not now and time.monotonic() - self.saved <= features.SAVE_EVERY:
-            return
+    def save(self, path: Path, facts: artefacts.Facts) -> None:
+        """Note the state on disk so that a killed run can go on."""
         arrays = {f"samples.{layer}": values for layer, values in self.samples.items()}
         for tap, m in self.moments.items():
             arrays |= {f"sums.{tap}": m.sums.numpy(), f"squares.{tap}": m.squares.numpy()}
@@ -69,7 +65,6 @@ class TapStatistics:
         size = sum(array.nbytes for array in arrays.values())
         with artefacts.atomic_path(path, size) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
-        self.saved = time.monotonic()
 
     def restore(self, path: Path, facts: artefacts.Facts) -> None:
         """Take up the state of a killed run with the same facts, if there is one.
@@ -103,16 +98,28 @@ class TapStatistics:
             self.samples[layer] = values[:0] if whole is None else whole
 
 
-def write_projections(
-    path: Path,
-    projections: dict[str, Projection],
-    moments: dict[str, Moments],
-    facts: artefacts.Facts,
-    about: artefacts.Facts,
-) -> None:
+def fit_projections(statistics: TapStatistics) -> dict[str, Projection]:
+    """The projection of every layer that was sampled: its moments, and PCA of the standardised samples.
+
+    Constant channels are reported.
+    """
+    projections = {}
+    for layer, sampled in statistics.samples.items():
+        moments = statistics.moments[layer]
+        std, constant = moments.guarded_std()
+        if constant:
+            print(f"{layer}: channels {constant} are constant, their standard deviation counts as 1", flush=True)
+        samples = torch.from_numpy(sampled).flatten(0, 1)  # (n, C)
+        standardised = (samples - moments.mean.float()) / std.float()
+        projections[layer] = Projection.fit(moments.mean, std, standardised.numpy())
+    return projections
+
+
+def write_projections(path: Path, statistics: TapStatistics, facts: artefacts.Facts, about: artefacts.Facts) -> None:
     """projection.safetensors with `facts`, which determine it, and of `about` what a checkpoint repeats."""
     shared = {key: about[key] for key in ("weights", "sources")}
-    tensors = projection_tensors(projections, {tap: m.statistics() for tap, m in moments.items()})
+    moments = {tap: m.statistics() for tap, m in statistics.moments.items()}
+    tensors = projection_tensors(fit_projections(statistics), moments)
     artefacts.write_tensors(path, tensors, {**shared, **facts})
     artefacts.write_json(artefacts.sidecar_path(path), {**facts, **about, "versions": program.versions()})
 

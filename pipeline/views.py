@@ -1,20 +1,15 @@
 """Stored images as network input: centre crops, and the other views that training may see of an image."""
 
-import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
+from models.backbones import Backbone, centre_crop
 from models.errors import UserError
 from models.randomness import seed_for
-from pipeline import options
-
-if TYPE_CHECKING:
-    import torch
-
-    from models.backbones import Backbone
 
 
 @dataclass(frozen=True)
@@ -47,10 +42,8 @@ class Views:
         fits = tuple(map(type, values)) == (int, bool, bool) and values[0] >= 1
         return cls(*values) if fits else None
 
-    def cut(self, x: "torch.Tensor", view: int, image: int, height: int, width: int) -> "torch.Tensor":
+    def cut(self, x: torch.Tensor, view: int, image: int, height: int, width: int) -> torch.Tensor:
         """View `view` (3, height, width) of a preprocessed image (3, H, W), the `image`-th of the workspace."""
-        from models.backbones import centre_crop
-
         if view == 0:
             return centre_crop(x, height, width)
         # differs from the paper: it trains on centre crops alone
@@ -61,26 +54,15 @@ class Views:
         return x.flip(2) if self.flip and mirrored else x
 
 
-def add_view_options(parser: argparse.ArgumentParser) -> None:
-    """Options of `Views`."""
-    parser.add_argument("--views", type=options.positive, help="of each image; the first is the centre crop")
-    parser.add_argument("--random-crop", action="store_true", help="the other views are crops drawn from the image")
-    parser.add_argument("--flip", action="store_true", help="half of the other views are mirrored")
-
-
 def network_batches(
-    images: np.ndarray, backbone: "Backbone", size: int, rows: np.ndarray, views: Views | None = None
-) -> Iterator[tuple[np.ndarray, "torch.Tensor"]]:
+    images: np.ndarray, backbone: Backbone, size: int, rows: np.ndarray, views: Views | None = None
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Batches of network input from stored images (N, 256, 256, 3).
 
     Yields:
         `size` of the `rows` (see `Views`) and their input (B, 3, h, w), cropped to the backbone's size. The mean is
         subtracted before the crop, so a mean image of 256 × 256 is subtracted per pixel.
     """
-    import torch
-
-    from models.backbones import centre_crop
-
     views = views or Views()
     crop = backbone.architecture.crop
     early = views.count == 1 and backbone.mean_image is None  # then a crop of bytes is the same, and less work

@@ -83,7 +83,7 @@ def serve(server, monkeypatch: pytest.MonkeyPatch, name: str, files: dict[str, b
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(body)
         remotes.append(RemoteFile(file, (f"{server.base}/{name}/{file}",), "none", md5=hashlib.md5(body).hexdigest()))
-    changed = replace(DATASETS[name], files=lambda: tuple(remotes), count=count)
+    changed = replace(DATASETS[name], files=tuple(remotes), count=count)
     monkeypatch.setitem(datasets.DATASETS, name, changed)
 
 
@@ -120,8 +120,8 @@ def mit1003() -> dict[str, bytes]:
 
 
 def test_addresses_of_the_archives() -> None:
-    assert len(DATASETS["osie"].files()) == 701
-    hashed = {file.name: file.md5 for dataset in DATASETS.values() for file in dataset.files() if file.md5}
+    assert len(DATASETS["osie"].files) == 701
+    hashed = {file.name: file.md5 for dataset in DATASETS.values() for file in dataset.files if file.md5}
     assert hashed == {
         "fixations.mat": "8efdf6fe66f38b6e70f854c7ff45aa70",
         "eyetrackingdata.zip": "38d5c02217060d4d2d1a4649cc632af1",

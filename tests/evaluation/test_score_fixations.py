@@ -383,9 +383,7 @@ def test_metric_data_set_and_baseline_are_added_in_one_entry(
     """Made-up ones, from outside: offered by the command line, and seen in the tables."""
     cache = tmp_path / "cache" / "ours"
     shutil.copytree(data, cache)
-    ours = Dataset(
-        lambda: (), lambda member: None, images="stimuli/*", count=4, fixations="fixations.csv", read=read_csv
-    )
+    ours = Dataset((), lambda member: None, images="stimuli/*", count=4, fixations="fixations.csv", read=read_csv)
     monkeypatch.setitem(DATASETS, "ours", ours)
     monkeypatch.setitem(BASELINES, "left", Baseline("left is salient", lambda rgb: -np.indices(rgb.shape[:2])[1]))
     peak = fixation_metrics.Metric("Peak", lambda case: float(case.values.max()), of_people=True)

@@ -33,6 +33,7 @@ from models.vlm import (
 )
 from pipeline.decoding import to_rgb_array
 from pipeline.reconstruction import to_picture
+from pipeline.tap_statistics import fit_projections
 from pipeline.views import network_batches
 
 FOLDER = Path(__file__).parents[1] / "reference"
@@ -344,7 +345,7 @@ def test_pca(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         np.testing.assert_allclose(variance, vectors[f"{layer}_pca_var"], rtol=1e-4)
         cosines = np.abs((components * vectors[f"{layer}_pca_components"]).sum(axis=1))
         np.testing.assert_allclose(cosines, 1, atol=1e-5)
-    kept = {layer: p.size for layer, p in extract_features.fit_projections(statistics).items()}
+    kept = {layer: p.size for layer, p in fit_projections(statistics).items()}
     assert kept == {"data": 2, "conv1": 3, "conv2": 4}
 
 
