@@ -25,32 +25,35 @@ if TYPE_CHECKING:
 
 def fixation_options(parser: options.Parser) -> None:
     """Options of `fixations`, but for those that every command has."""
-    add = parser.add_argument
-    add("--stimuli", type=options.folder, help="folder of the images")
-    add("--fixations", type=Path, help=".csv, .mat, or MIT1003's folder DATA")
-    add("--dataset", choices=tuple(DATASETS), help="download this data set instead")
-    add("--skip", type=options.natural, default=0, help="leave out the first images (default: 0)")
-    add("--limit", type=options.positive, help="take so many images (default: all)")
-    add(
+    parser.inputs("--stimuli", type=options.folder, help="folder of the images")
+    parser.inputs("--fixations", type=Path, help=".csv, .mat, or MIT1003's folder DATA")
+    parser.inputs("--dataset", choices=tuple(DATASETS), help="download this data set instead")
+    parser.inputs("--skip", type=options.natural, default=0, help="leave out the first images (default: 0)")
+    parser.inputs("--limit", type=options.positive, help="take so many images (default: all)")
+    parser.model(
         "--vlm",
         type=options.readable_file,
         nargs="+",
         default=[],
         help="checkpoints (default: those in models/pretrained)",
     )
-    add("--layer", nargs="+", help="layers, each a model of its own (default: the deepest trained)")
-    add(
+    parser.model("--layer", nargs="+", help="layers, each a model of its own (default: the deepest trained)")
+    parser.model(
         "--add",
         action="store_true",
         help="score the sum of all these layers' maps too, each scaled to 0…1 first: what saliency.py makes of several "
         "--vlm",
     )
-    add("--maps", type=options.folder, nargs="+", default=[], help="folders of .npy or grey .png, named as the stimuli")
-    add("--baseline", choices=tuple(BASELINES), nargs="+", default=[], help="further baselines")
+    parser.inputs(
+        "--maps", type=options.folder, nargs="+", default=[], help="folders of .npy or grey .png, named as the stimuli"
+    )
+    parser.inputs("--baseline", choices=tuple(BASELINES), nargs="+", default=[], help="further baselines")
     options.add_postprocess_options(parser)
     options.add_weights_options(parser)
     options.add_image_options(parser)
-    add("--out", type=options.writable_folder, default=Path("out/fixations"), help="folder (default: out/fixations)")
+    parser.output(
+        "--out", type=options.writable_folder, default=Path("out/fixations"), help="folder (default: out/fixations)"
+    )
 
 
 def fixations(args: argparse.Namespace, device: "torch.device") -> None:
@@ -105,10 +108,9 @@ def fixations(args: argparse.Namespace, device: "torch.device") -> None:
 
 def reconstruction_options(parser: options.Parser) -> None:
     """Options of `reconstruction`, but for those that every command has."""
-    add = parser.add_argument
-    add("folders", nargs="+", type=options.folder, metavar="FOLDER", help="results of reconstruct.py")
-    add("--grid", type=options.natural, default=8, help="images in pictures.png (default: 8)")
-    add(
+    parser.inputs("folders", nargs="+", type=options.folder, metavar="FOLDER", help="results of reconstruct.py")
+    parser.output("--grid", type=options.natural, default=8, help="images in pictures.png (default: 8)")
+    parser.output(
         "--out",
         type=options.writable_folder,
         default=Path("out/reconstruction-scores"),
@@ -143,13 +145,16 @@ def reconstruction(args: argparse.Namespace, device: "torch.device") -> None:
 
 def naturalness_options(parser: options.Parser) -> None:
     """Options of `naturalness`, but for those that every command has."""
-    add = parser.add_argument
-    add("folder", nargs="?", type=options.folder, help="images of any size, instead of --images")
-    add("--images", type=options.readable_file, help="images.npy of stage 1: those that every layer held out are taken")
-    add("--limit", type=options.positive, help="take so many images (default: all)")
-    add("--vlm", type=options.readable_file, nargs="+", help="checkpoints (default: those in models/pretrained)")
-    add("--layer", nargs="+", help="layers (default: all that the checkpoints have)")
-    add(
+    parser.inputs("folder", nargs="?", type=options.folder, help="images of any size, instead of --images")
+    parser.inputs(
+        "--images", type=options.readable_file, help="images.npy of stage 1: those that every layer held out are taken"
+    )
+    parser.inputs("--limit", type=options.positive, help="take so many images (default: all)")
+    parser.model(
+        "--vlm", type=options.readable_file, nargs="+", help="checkpoints (default: those in models/pretrained)"
+    )
+    parser.model("--layer", nargs="+", help="layers (default: all that the checkpoints have)")
+    parser.inputs(
         "--spoilings",
         nargs="+",
         choices=tuple(SPOILINGS),
@@ -157,10 +162,12 @@ def naturalness_options(parser: options.Parser) -> None:
         metavar="NAME",
         help=f"copies to make (default: all: {', '.join(SPOILINGS)})",
     )
-    add("--reconstructions", type=options.folder, nargs="+", default=[], help="folders of results of reconstruct.py")
+    parser.inputs(
+        "--reconstructions", type=options.folder, nargs="+", default=[], help="folders of results of reconstruct.py"
+    )
     options.add_weights_options(parser)
     options.add_image_options(parser)
-    add(
+    parser.output(
         "--out", type=options.writable_folder, default=Path("out/naturalness"), help="folder (default: out/naturalness)"
     )
 

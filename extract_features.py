@@ -123,33 +123,34 @@ def get_parser() -> options.Parser:
     """Options; those without a default here take the preset's."""
     parser = options.stage_parser(__doc__)
     options.add_weights_options(parser)
-    add = parser.add_argument
-    add("--images", type=options.readable_file, help="images of stage 1 (default: ROOT/images.npy)")
-    add("--out", type=options.writable_folder, help="folder to write to (default: ROOT/features)")
-    add("--backbone", help="CNN: of this project, or any classification network of torchvision")
-    add("--list-layers", action="store_true", help="print the backbone's taps and end")
-    add("--layers", nargs="+", metavar="LAYER", help="taps to model")
-    add(
+    parser.inputs("--images", type=options.readable_file, help="images of stage 1 (default: ROOT/images.npy)")
+    parser.output("--out", type=options.writable_folder, help="folder to write to (default: ROOT/features)")
+    parser.model("--backbone", help="CNN: of this project, or any classification network of torchvision")
+    parser.model("--list-layers", action="store_true", help="print the backbone's taps and end")
+    parser.model("--layers", nargs="+", metavar="LAYER", help="taps to model")
+    parser.model(
         "--statistics",
         nargs="*",
         metavar="TAP",
         help="further taps whose mean and std are measured, as targets of reconstruction "
         "(default: those behind the deepest layer that the weights reach)",
     )
-    add("--dtype", choices=("float32", "float16"), help="of the features; float16 halves the files")
-    add("--batch-size", type=options.positive, help="images per forward pass")
-    add("--limit", type=options.positive, help="use the first images only")
-    add(
+    parser.model("--dtype", choices=("float32", "float16"), help="of the features; float16 halves the files")
+    parser.descent("--batch-size", type=options.positive, help="images per forward pass")
+    parser.inputs("--limit", type=options.positive, help="use the first images only")
+    parser.inputs(
         "--held-out",
         type=options.count_or_file,
         metavar="COUNT|FILE",
         help="images that are kept from statistics, PCA and training, to measure by: how many, or a text file of "
         "their names",
     )
-    add("--pca-positions", type=options.positive, help="positions that PCA is fitted on, spread over all images")
-    add("--views", type=options.positive, help="of each image; the first is the centre crop")
-    add("--random-crop", action="store_true", help="the other views are crops drawn from the image")
-    add("--flip", action="store_true", help="half of the other views are mirrored")
+    parser.model(
+        "--pca-positions", type=options.positive, help="positions that PCA is fitted on, spread over all images"
+    )
+    parser.inputs("--views", type=options.positive, help="of each image; the first is the centre crop")
+    parser.inputs("--random-crop", action="store_true", help="the other views are crops drawn from the image")
+    parser.inputs("--flip", action="store_true", help="half of the other views are mirrored")
     return parser
 
 

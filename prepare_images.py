@@ -132,14 +132,14 @@ def write_rejected(out: Path, entries: list[Entry] | list[Crop], rejected: dict[
 def get_parser() -> options.Parser:
     """Options of this stage."""
     parser = options.stage_parser(__doc__)
-    parser.add_argument(
+    parser.inputs(
         "--source", nargs="+", help="folders, tars, tars of tars, list files, or 'samples' (paper: ILSVRC2012 val)"
     )
-    parser.add_argument("--out", type=options.writable_file, help="where to write (default: ROOT/images.npy)")
-    parser.add_argument("--num-images", type=options.positive, help="a random subset of this size (paper: all)")
-    parser.add_argument("--workers", type=options.positive, default=os.cpu_count() or 1, help="decoding threads")
+    parser.output("--out", type=options.writable_file, help="where to write (default: ROOT/images.npy)")
+    parser.inputs("--num-images", type=options.positive, help="a random subset of this size (paper: all)")
+    parser.inputs("--workers", type=options.positive, default=os.cpu_count() or 1, help="decoding threads")
     options.add_image_options(parser)
-    parser.add_argument("--strict", action="store_true", help="stop at the first unreadable file")
+    parser.inputs("--strict", action="store_true", help="stop at the first unreadable file")
     return parser
 
 

@@ -30,7 +30,7 @@ def reconstruct(
     task: "Task", source: "Source", out: Path, facts: artefacts.Facts, restarts: int, every: int, overwrite: bool
 ) -> None:
     """All restarts of one input, and what they leave in `out`; nothing where that is finished."""
-    from pipeline.reconstruction import OUTPUTS, Restart, finish, reuse, save
+    from pipeline.reconstruction import OUTPUTS, finish, reuse, save
     from pipeline.targets import read_source
 
     target, rgb, digest = read_source(source, task.backbone, task.objective.target)
@@ -38,11 +38,11 @@ def reconstruct(
     if reuse(out, facts, overwrite):
         return
     ownership.foresee(out, *OUTPUTS)
+    facts |= {"energies": task.energies}
     loss, begun = task.loss(target), []
     try:
         for number in range(restarts):
-            image = task.start(number)
-            restart = Restart(number, out, task.backbone, image, task.optimizer(image), facts)
+            restart = task.restart(number, out, facts)
             if not overwrite:
                 restart.resume()
             begun.append(restart)
@@ -103,21 +103,26 @@ def get_parser() -> options.Parser:
     parser = options.stage_parser(__doc__)
     options.add_weights_options(parser)
     options.add_image_options(parser)
-    add = parser.add_argument
-    add("inputs", nargs="*", metavar="IMAGE|FOLDER|FEATURE.npy", help="images to reconstruct, or stored features")
-    add("--images", type=options.readable_file, help="images of stage 1 for --rows (default: ROOT/images.npy)")
-    add("--rows", type=options.natural, nargs="+", metavar="ROW", help="reconstruct these of --images")
-    add("--held-out", action="store_true", help="reconstruct the rows that training held out")
-    add("--vlm", type=options.readable_file, help="checkpoint, also for the statistics (default: ROOT/vlm.safetensors)")
-    add(
+    parser.inputs(
+        "inputs", nargs="*", metavar="IMAGE|FOLDER|FEATURE.npy", help="images to reconstruct, or stored features"
+    )
+    parser.inputs(
+        "--images", type=options.readable_file, help="images of stage 1 for --rows (default: ROOT/images.npy)"
+    )
+    parser.inputs("--rows", type=options.natural, nargs="+", metavar="ROW", help="reconstruct these of --images")
+    parser.inputs("--held-out", action="store_true", help="reconstruct the rows that training held out")
+    parser.model(
+        "--vlm", type=options.readable_file, help="checkpoint, also for the statistics (default: ROOT/vlm.safetensors)"
+    )
+    parser.model(
         "--statistics",
         type=options.readable_file,
         help="of stage 2: σ of taps that the checkpoint lacks (default: of sample photos)",
     )
-    add("--target", metavar="TAP", help="feature to invert")
-    add("--restarts", type=options.positive, default=1, help="descents from other noise; the best is kept")
-    add("--snapshot-every", type=options.positive, default=100, help="updates between snapshots")
-    add(
+    parser.model("--target", metavar="TAP", help="feature to invert")
+    parser.descent("--restarts", type=options.positive, default=1, help="descents from other noise; the best is kept")
+    parser.output("--snapshot-every", type=options.positive, default=100, help="updates between snapshots")
+    parser.output(
         "--out",
         type=options.writable_folder,
         help="folder, of several inputs one for each (default: below ROOT/reconstructions)",
@@ -130,45 +135,43 @@ def get_parser() -> options.Parser:
 def add_objective_options(parser: options.Parser) -> None:
     """Options that say which image is best."""
     weight = options.non_negative_number
-    add = parser.add_argument
-    add(
+    parser.model(
         "--regularizer",
         type=options.entry_of("models.objective", "REGULARIZERS"),
         metavar="none|l2|tv|vlm|vlm+tv",
         help="vlm is the paper's, none its control",
     )
-    add("--layers", nargs="+", metavar="LAYER", help="layers that regularise (default: all weighted)")
-    add("--layer-weights", nargs="+", type=weight, help="λ of --layers, in order")
-    add("--feature-weight", type=weight, help="λ₁")
-    add("--vlm-weight", type=weight, help="λ₂")
-    add("--energy-weight", type=weight, help="of features' energy, against paleness")
-    add("--l2-weight", type=weight, help="λ of the norm in l2")
-    add("--tv-weight", type=weight, help="λ of total variation (tv: by depth)")
+    parser.model("--layers", nargs="+", metavar="LAYER", help="layers that regularise (default: all weighted)")
+    parser.model("--layer-weights", nargs="+", type=weight, help="λ of --layers, in order")
+    parser.model("--feature-weight", type=weight, help="λ₁")
+    parser.model("--vlm-weight", type=weight, help="λ₂")
+    parser.model("--energy-weight", type=weight, help="of features' energy, against paleness")
+    parser.model("--l2-weight", type=weight, help="λ of the norm in l2")
+    parser.model("--tv-weight", type=weight, help="λ of total variation (tv: by depth)")
 
 
 def add_descent_options(parser: options.Parser) -> None:
     """Options that say how it is looked for."""
-    add = parser.add_argument
-    add(
+    parser.descent(
         "--descent",
         type=options.entry_of("models.descent", "DESCENTS"),
         metavar="authors|fourier",
         help="authors: each regulariser's own; fourier: one for all",
     )
-    add("--iterations", type=options.positive, help="updates of each restart")
-    add("--learning-rate", type=options.positive_number, help="of what is varied")
-    add("--decay-at", type=options.natural, nargs="*", metavar="I", help="a tenth of the rate after these")
-    add("--momentum", type=options.fraction, help="of the optimiser")
-    add("--start-noise", type=options.non_negative_number, help="noise at the start, times the data's")
-    add(
+    parser.descent("--iterations", type=options.positive, help="updates of each restart")
+    parser.descent("--learning-rate", type=options.positive_number, help="of what is varied")
+    parser.descent("--decay-at", type=options.natural, nargs="*", metavar="I", help="a tenth of the rate after these")
+    parser.descent("--momentum", type=options.fraction, help="of the optimiser")
+    parser.descent("--start-noise", type=options.non_negative_number, help="noise at the start, times the data's")
+    parser.descent(
         "--frequency-exponent",
         type=options.non_negative_number,
         help="fourier: scale by frequency to minus this (default: 1; 0: all alike)",
     )
-    add(
+    parser.descent(
         "--decorrelate", action=argparse.BooleanOptionalAction, help="fourier: vary decorrelated colours (default: yes)"
     )
-    add("--in-turn", action=argparse.BooleanOptionalAction, help="one direction of each model at an update")
+    parser.descent("--in-turn", action=argparse.BooleanOptionalAction, help="one direction of each model at an update")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -214,11 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     taps = reconstruction.taps_measured(objective, descent)
     statistics, measured = targets.needed_statistics(vlm.statistics, args.statistics, backbone, taps)
     vlm = vlm.freeze().to(device)
-    weighed = [layer for layer in objective.layer_weights if objective.energy_weight and layer in vlm.layers]
-    energies = targets.sample_energies(backbone, vlm, weighed) if weighed else {}
-    task = reconstruction.Task(
-        backbone, vlm, statistics, energies, objective, args.descent, descent, schedule, args.seed
-    )
+    task = reconstruction.Task(backbone, vlm, statistics, objective, args.descent, descent, schedule, args.seed)
     facts = task.facts(weights.sha256, file_hash(checkpoint))
     facts |= {"restarts": args.restarts, "measured": measured, **options.image_facts()}
     single = len(args.inputs) == 1 and not (args.rows or args.held_out or Path(args.inputs[0]).is_dir())

@@ -20,11 +20,9 @@ import time
 from pathlib import Path
 
 from models.errors import UserError
-from pipeline import artefacts, options, parsers, program
-from pipeline.figures import picture_row
+from pipeline import artefacts, figures, options, parsers, program, sources
 from pipeline.images import limit_side, output_name, read_rgb
 from pipeline.presets import PRESETS, PRETRAINED
-from pipeline.sources import sample_photos
 
 STAGES = ("prepare_images", "extract_features", "train_vlm", "reconstruct", "saliency")
 STAGE_NUMBERS = {str(number): name for number, name in enumerate(STAGES, start=1)} | {name: name for name in STAGES}
@@ -119,7 +117,7 @@ def show_results(root: Path, image: Path, target: str, descent: str, lead: list[
     pictures = {"photo": photo, "where people look": read_rgb(saliency.with_name(f"{name}-overlay.png"))}
     there = {title: folder / "reconstruction.png" for title, folder in folders.items()}
     pictures |= {title.replace(", ", "\n"): read_rgb(path) for title, path in there.items() if path.is_file()}
-    picture_row(pictures, root / "figures" / "summary.png")
+    figures.picture_row(pictures, root / "figures" / "summary.png")
     report_parts.write_guide(root, "A workspace of run_all.py", WORKSPACE)
     return root / "report.html"
 
@@ -130,29 +128,21 @@ def get_parser() -> options.Parser:
     parser.set_defaults(preset="demo")
     options.add_weights_options(parser)
     options.add_image_options(parser)
-    parser.add_argument(
-        "--source", nargs="+", help="training images, as for prepare_images.py (preset demo: sample photos)"
-    )
-    parser.add_argument("--num-images", type=options.positive, help="a random subset of the source")
-    parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to extract and train (default: six)")
-    parser.add_argument("--iterations", type=options.positive, help="training updates (default: the preset's)")
-    parser.add_argument("--reconstruction-iterations", type=options.positive, help="(default: the descent's)")
-    parser.add_argument(
-        "--image", type=options.readable_file, help="photo for stages 4 and 5 (default: a sample photo)"
-    )
-    parser.add_argument(
-        "--from", dest="first", type=stage_name, default="prepare_images", help="first stage, 1-5 or name"
-    )
-    parser.add_argument("--to", dest="last", type=stage_name, default="saliency", help="last stage, 1-5 or name")
-    parser.add_argument(
+    parser.inputs("--source", nargs="+", help="training images, as for prepare_images.py (preset demo: sample photos)")
+    parser.inputs("--num-images", type=options.positive, help="a random subset of the source")
+    parser.model("--layers", nargs="+", metavar="LAYER", help="layers to extract and train (default: six)")
+    parser.descent("--iterations", type=options.positive, help="training updates (default: the preset's)")
+    parser.descent("--reconstruction-iterations", type=options.positive, help="(default: the descent's)")
+    parser.inputs("--image", type=options.readable_file, help="photo for stages 4 and 5 (default: a sample photo)")
+    parser.output("--from", dest="first", type=stage_name, default="prepare_images", help="first stage, 1-5 or name")
+    parser.output("--to", dest="last", type=stage_name, default="saliency", help="last stage, 1-5 or name")
+    parser.machine(
         "--gflops", type=options.positive_number, default=80.0, help="of each process, for --dry-run (default: 80)"
     )
-    parser.add_argument(
+    parser.machine(
         "--processes", type=options.positive, default=1, help="that torchrun is to start, in all, for --dry-run"
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan with every value and its source, do nothing"
-    )
+    parser.output("--dry-run", action="store_true", help="print the plan with every value and its source, do nothing")
     return parser
 
 
@@ -163,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = STAGES[STAGES.index(args.first) : STAGES.index(args.last) + 1]
     if not chosen:
         raise UserError(f"--from {args.first} comes after --to {args.last}: exchange them")
-    image, first_training = args.image or sample_photos()[0], {}
+    image, first_training = args.image or sources.sample_photos()[0], {}
     if args.preset == "demo" and args.weights == "auto":  # its photos are too few to begin from nothing
         first_training = {"init": SHIPPED}
     given = options.as_arguments

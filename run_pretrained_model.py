@@ -25,10 +25,9 @@ import numpy as np
 import reconstruct
 import saliency
 from models.errors import UserError
-from pipeline import artefacts, options, ownership, program
+from pipeline import artefacts, options, ownership, program, sources
 from pipeline.images import limit_side, output_name, read_rgb
 from pipeline.presets import PRETRAINED
-from pipeline.sources import sample_photos
 
 if TYPE_CHECKING:
     from pipeline.detector import Detector
@@ -168,7 +167,7 @@ def make_readme_pictures(run: Run, folder: Path, started: float) -> list[Path]:
     """
     from pipeline import readme_pictures
 
-    photos = {path.stem: path for path in sample_photos()}
+    photos = {path.stem: path for path in sources.sample_photos()}
     if missing := {*SALIENCY_PHOTOS, *RECONSTRUCTED_PHOTOS} - photos.keys():
         raise UserError(f"the installed packages lack {', '.join(sorted(missing))}: pip install -r requirements.txt")
     figure, saliency, reconstruction = (folder / f"{name}.png" for name in ("figure", "saliency", "reconstruction"))
@@ -192,16 +191,12 @@ def get_parser() -> options.Parser:
     parser = options.stage_parser(__doc__, workspace=False)
     options.add_weights_options(parser)
     options.add_image_options(parser)
-    parser.add_argument(
-        "image", metavar="IMAGE", nargs="?", type=options.readable_file, help="(default: a sample photo)"
-    )
-    parser.add_argument("--out", type=options.writable_folder, help="folder (default: out/pretrained)")
-    parser.add_argument("--figures", action="store_true", help="make all pictures of the README instead")
-    parser.add_argument(
-        "--target", default="pool5", metavar="TAP", help="feature to invert (paper: fc8, of complete weights)"
-    )
-    parser.add_argument("--iterations", type=options.positive, help="updates of each reconstruction (paper: 1000)")
-    parser.add_argument("--max-side", type=options.positive, default=1024, help="shrink larger images for the maps")
+    parser.inputs("image", metavar="IMAGE", nargs="?", type=options.readable_file, help="(default: a sample photo)")
+    parser.output("--out", type=options.writable_folder, help="folder (default: out/pretrained)")
+    parser.inputs("--figures", action="store_true", help="make all pictures of the README instead")
+    parser.model("--target", default="pool5", metavar="TAP", help="feature to invert (paper: fc8, of complete weights)")
+    parser.descent("--iterations", type=options.positive, help="updates of each reconstruction (paper: 1000)")
+    parser.inputs("--max-side", type=options.positive, default=1024, help="shrink larger images for the maps")
     return parser
 
 
@@ -213,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--figures shows sample photos: leave the image out")
     out = args.out or Path("out/figures" if args.figures else "out/pretrained")
     asked = {field.name: getattr(args, field.name) for field in fields(Run) if field.name not in ("image", "out")}
-    run = Run(args.image or sample_photos()[0], out, **asked)
+    run = Run(args.image or sources.sample_photos()[0], out, **asked)
     if not args.figures:
         plan = PLAN.format(image=program.printable(run.image.name), target=run.target)
         print(f"{plan}\n{run.out / PAGE}\n", flush=True)

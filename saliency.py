@@ -119,28 +119,28 @@ def get_parser() -> options.Parser:
     """Options; those without a default here take the preset's."""
     parser = options.stage_parser(__doc__)
     options.add_weights_options(parser)
-    parser.add_argument("inputs", nargs="+", metavar="IMAGE|FOLDER", help="images of any size, or folders of them")
-    parser.add_argument(
+    parser.inputs("inputs", nargs="+", metavar="IMAGE|FOLDER", help="images of any size, or folders of them")
+    parser.model(
         "--vlm",
         type=options.readable_file,
         nargs="+",
         help="checkpoint (default: ROOT/vlm.safetensors); the maps of several are scaled to 0…1 and added (paper: one)",
     )
-    parser.add_argument(
+    parser.model(
         "--layer",
         nargs="+",
         help="layer whose map is used, several are added (default: the deepest trained; paper: conv5_4 of VGG-19)",
     )
-    parser.add_argument("--max-side", type=options.positive, help="shrink larger images to this side, to save memory")
+    parser.inputs("--max-side", type=options.positive, help="shrink larger images to this side, to save memory")
     options.add_image_options(parser)
-    parser.add_argument(
+    parser.output(
         "--naturalness",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="write how natural each image is, a tenth of the time (default: yes)",
     )
     options.add_postprocess_options(parser)
-    parser.add_argument("--out", type=options.writable_folder, help="folder (default: ROOT/saliency)")
+    parser.output("--out", type=options.writable_folder, help="folder (default: ROOT/saliency)")
     return parser
 
 

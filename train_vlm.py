@@ -121,54 +121,57 @@ def train_on_disk(
 def get_parser() -> options.Parser:
     """Options; those without a default here take the preset's."""
     parser = options.stage_parser(__doc__)
-    add = parser.add_argument
-    add("--features", type=options.folder, help="folder of stage 2 (default: ROOT/features)")
-    add("--out", type=options.writable_file, help="checkpoint to write (default: ROOT/vlm.safetensors)")
-    add("--layers", nargs="+", metavar="LAYER", help="layers to train now (default: all extracted)")
-    add(
+    parser.inputs("--features", type=options.folder, help="folder of stage 2 (default: ROOT/features)")
+    parser.output("--out", type=options.writable_file, help="checkpoint to write (default: ROOT/vlm.safetensors)")
+    parser.model("--layers", nargs="+", metavar="LAYER", help="layers to train now (default: all extracted)")
+    parser.inputs(
         "--merge",
         nargs="+",
         type=Path,
         metavar="FILE",
         help="train nothing: add layers trained elsewhere on the same projection",
     )
-    add("--export", type=options.writable_file, help="train nothing: write the checkpoint as float16")
-    add("--init", type=options.readable_file, help="checkpoint whose weights training starts from (paper: N(0, 0.01²))")
-    add(
+    parser.inputs("--export", type=options.writable_file, help="train nothing: write the checkpoint as float16")
+    parser.model(
+        "--init", type=options.readable_file, help="checkpoint whose weights training starts from (paper: N(0, 0.01²))"
+    )
+    parser.inputs(
         "--from-iteration", type=options.natural, default=0, help="with --init: where in the schedule its weights stand"
     )
     cell = options.entry_of("models.vlm", "CELLS")
-    add("--cell", type=cell, metavar="lstm|gru", help="recurrent model of every direction")
-    add("--iterations", type=options.positive, help="updates")
-    add("--batch-size", type=options.positive, help="images of an update")
-    add(
+    parser.model("--cell", type=cell, metavar="lstm|gru", help="recurrent model of every direction")
+    parser.descent("--iterations", type=options.positive, help="updates")
+    parser.descent("--batch-size", type=options.positive, help="images of an update")
+    parser.descent(
         "--joint-learning-rate",
         type=options.positive_number,
         help="learning rate where six layers are trained jointly; the loss is the mean over the layers of a run",
     )
-    add("--learning-rate", type=options.positive_number, help="learning rate of this run")
-    add("--momentum", type=options.fraction, help="of gradient descent")
-    add(
+    parser.descent("--learning-rate", type=options.positive_number, help="learning rate of this run")
+    parser.descent("--momentum", type=options.fraction, help="of gradient descent")
+    parser.descent(
         "--decay-at",
         type=options.positive,
         nargs="*",
         help="updates after which the learning rate falls and the momentum is reset",
     )
-    add("--decay-factor", type=options.positive_number, help="of the learning rate at each of them")
-    add(
+    parser.descent("--decay-factor", type=options.positive_number, help="of the learning rate at each of them")
+    parser.inputs(
         "--held-out",
         type=options.count_or_file,
         metavar="COUNT|FILE",
         help="images for the validation loss: how many, or a text file of their names",
     )
-    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="images, by name, that are not trained on either")
-    add(
+    parser.inputs(
+        "--exclude", nargs="+", default=[], metavar="PATTERN", help="images, by name, that are not trained on either"
+    )
+    parser.descent(
         "--precision",
         choices=PRECISIONS,
         help="of the products; bfloat16: mixed precision, for CUDA and CPUs that have it",
     )
-    add("--log-every", type=options.positive, default=100, help="updates between log lines")
-    add("--checkpoint-every", type=options.positive, help="updates between checkpoints")
+    parser.output("--log-every", type=options.positive, default=100, help="updates between log lines")
+    parser.output("--checkpoint-every", type=options.positive, help="updates between checkpoints")
     return parser
 
 

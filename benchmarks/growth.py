@@ -12,9 +12,10 @@ from benchmarks import updates
 from benchmarks.random_networks import make_backbone, make_projection
 from benchmarks.timing import SEED, Figure, Report, Setup, exponent, seconds
 from models.training import update as update_models
-from models.unnaturalness import BLUR, postprocess, unnaturalness_map
+from models.unnaturalness import layer_features
 from models.vlm import VisualLanguageModel
 from pipeline import plan
+from pipeline.detector import Postprocess
 
 SLACK = 0.1  # by which a fitted exponent may exceed the arithmetic's: timing noise, caches
 SIDES = (128, 192, 256, 384, 512)  # of images
@@ -56,11 +57,15 @@ def saliency(setup: Setup) -> list[Report]:
         h, w = architecture.grid(layer, side, side)
         raw = generator.random((h - 1, w - 1))
         area = float(side * side)
-        maps[area] = lambda rgb=rgb: unnaturalness_map(backbone, vlm, rgb, layer)
-        finishes[area] = lambda raw=raw, side=side: postprocess(raw, side, side, architecture.stride(layer))
+        maps[area] = lambda rgb=rgb: vlm.layers[layer].unnaturalness_map(
+            vlm.projections[layer](layer_features(backbone, rgb, [layer])[layer])
+        )
+        finishes[area] = lambda raw=raw, side=side: Postprocess()(raw, side, side, architecture.stride(layer))
         models = plan.predicted(h, w) * plan.SEQUENCE_FLOPS * size * size
         flops[area] = architecture.flops(layer, side, side) + models
-        blurs[area] = 4 * area * (2 * int(4 * BLUR * side + 0.5) + 1)  # both passes of the Gaussian, cut off at 4 σ
+        blurs[area] = (
+            4 * area * (2 * int(4 * Postprocess.blur * side + 0.5) + 1)
+        )  # both passes of the Gaussian, cut off at 4 σ
     return [
         fit("unnaturalness map in the image's area", flops, maps, setup),
         fit("its post-processing in the image's area", blurs, finishes, setup),

@@ -44,16 +44,14 @@ HEAD = ("figure", "median", "min", "max", "goal", "", "note")
 def get_parser() -> options.Parser:
     """Options of this script."""
     parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help=", ".join(PARTS))
-    parser.add_argument(
-        "--repeats", type=options.positive, default=5, help="rounds that count, after a first (default: 5)"
-    )
-    parser.add_argument("--threads", type=options.positive, help="of torch (default: as many as it takes by itself)")
-    parser.add_argument("--device", choices=options.DEVICES, default="auto", help="auto takes cuda, then mps, then cpu")
-    parser.add_argument(
+    parser.inputs("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help=", ".join(PARTS))
+    parser.machine("--repeats", type=options.positive, default=5, help="rounds that count, after a first (default: 5)")
+    parser.machine("--threads", type=options.positive, help="of torch (default: as many as it takes by itself)")
+    parser.machine("--device", choices=options.DEVICES, default="auto", help="auto takes cuda, then mps, then cpu")
+    parser.output(
         "--out", type=options.writable_folder, default=Path("out/benchmarks"), help="folder (default: out/benchmarks)"
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that all of it runs, measures nothing")
+    parser.inputs("--quick", action="store_true", help="tiny sizes: shows that all of it runs, measures nothing")
     return parser
 
 

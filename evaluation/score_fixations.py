@@ -19,8 +19,7 @@ from evaluation.journal import is_shown, score_all, text_sha256, write_results
 from evaluation.map_sources import Row, Source
 from models.errors import UserError
 from models.weights.downloads import file_hash
-from pipeline import artefacts, distributed, listing, ownership, program
-from pipeline.figures import picture_grid
+from pipeline import artefacts, distributed, figures, listing, ownership, program
 from pipeline.images import read_rgb, readable
 
 OBSERVERS = "inter-observer"
@@ -218,4 +217,4 @@ def draw_examples(
         photo = {f"{rank} of {len(order)}\n{looks.images[number].name}": rgb}
         pictures.append(photo | {title: maps[key] for key, title in titles.items()})
         points.append(looks.fixations.of_image(number)[:2])
-    picture_grid(pictures, path, points)
+    figures.picture_grid(pictures, path, points)

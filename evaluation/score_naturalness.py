@@ -16,10 +16,8 @@ from evaluation.naturalness_pictures import Item
 from evaluation.naturalness_readers import Reader, common_held_out
 from evaluation.spoiling import SPOILINGS, Copy
 from models.errors import UserError
-from models.unnaturalness import postprocess
-from pipeline import artefacts, distributed, options, program
-from pipeline.detector import Checkpoint
-from pipeline.figures import overlay, picture_grid
+from pipeline import artefacts, distributed, figures, options, program
+from pipeline.detector import Checkpoint, Postprocess
 
 RECONSTRUCTED = "reconstructed "  # before the names of images that reconstruct.py inverted
 Spoilings = dict[str, str]  # what each is, by name
@@ -140,7 +138,7 @@ def draw_regions(out: Path, readers: list[Reader], items: list[Item], scores: na
             for title, row in picture_rows(reader, original, kind, copies[kind], scores[item.name]).items():
                 rows.setdefault(title, []).append(row)
         for title, of_title in rows.items():
-            picture_grid(of_title, out / f"regions-{title}.png", column=2.4)
+            figures.picture_grid(of_title, out / f"regions-{title}.png", column=2.4)
 
 
 def picture_rows(
@@ -150,7 +148,7 @@ def picture_rows(
     rows: dict[str, dict[str, np.ndarray]] = {}
     for title, predictor, _, maps in reader.read([copy.picture]):
         row = rows.setdefault(title, {"original": original, kind: outlined(copy.picture, copy.mask)})
-        heat = overlay(copy.picture, postprocess(maps[0], *copy.mask.shape, reader.stride(title), blur=0))
+        heat = figures.overlay(copy.picture, Postprocess(blur=0.0)(maps[0], *copy.mask.shape, reader.stride(title)))
         row[f"{predictor}\nAUC {scores[title][predictor]['regions'][kind]:.2f}"] = outlined(heat, copy.mask)
     return rows
 

@@ -16,8 +16,7 @@ from models.descent import DESCENTS, noise_of_norm
 from models.errors import UserError
 from models.objective import REGULARIZERS
 from models.randomness import seed_for
-from pipeline import array_files, artefacts, distributed, networks, program
-from pipeline.figures import picture_grid
+from pipeline import array_files, artefacts, distributed, figures, networks, program
 from pipeline.images import read_rgb
 
 CONTROLS = {
@@ -279,4 +278,4 @@ def draw_grid(path: Path, models: Models, images: list[str]) -> None:
         results = {name: of_images[image] for name, of_images in models.items()}
         pictures = {name: result.read().astype(np.uint8) for name, result in results.items()}
         rows.append({"original": read_original(next(iter(results.values())))} | pictures)
-    picture_grid(rows, path)
+    figures.picture_grid(rows, path)

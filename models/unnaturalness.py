@@ -1,6 +1,6 @@
 """From an image to the unnaturalness map of a layer, and from that to a saliency map of the image's size."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -12,11 +12,8 @@ from torch import Tensor
 
 from models.backbones import Backbone
 from models.errors import UserError
-from models.vlm import Predictor, VisualLanguageModel, layer_map
 
-POWER = 0.5  # original code
 Stride = int | tuple[int, int]  # input pixels between neighbours of a grid; of rows and columns where they differ
-BLUR = 0.03  # original code, of the image's height and width
 CONTRAST_BLUR = 0.1  # of the grid's height and width
 
 
@@ -32,25 +29,6 @@ def layer_features(backbone: Backbone, rgb: np.ndarray, layers: Iterable[str]) -
     x = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)[None].float().to(backbone.device)  # (1, 3, H, W)
     with torch.no_grad():
         return backbone(backbone.preprocess(x), layers)
-
-
-def unnaturalness_map(
-    backbone: Backbone,
-    vlm: VisualLanguageModel,
-    rgb: np.ndarray,
-    layer: str,
-    predictors: Mapping[str, Predictor] | None = None,
-) -> np.ndarray:
-    """Map (h-1, w-1) float64 of one layer for an image (H, W, 3) uint8 at its own size.
-
-    `predictors` by direction stand in for the language model, as a control.
-
-    Raises:
-        UserError: the image is too small for the layer.
-    """
-    features = layer_features(backbone, rgb, [layer])[layer]
-    with torch.no_grad():
-        return layer_map(vlm.projections[layer](features), predictors or vlm.layers[layer])[0].cpu().double().numpy()
 
 
 def feature_contrast(features: Tensor) -> Tensor:
@@ -83,7 +61,7 @@ def added(maps: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def postprocess(
-    unnaturalness: np.ndarray, height: int, width: int, stride: Stride, power: float = POWER, blur: float = BLUR
+    unnaturalness: np.ndarray, height: int, width: int, stride: Stride, power: float, blur: float
 ) -> np.ndarray:
     """Saliency map (height, width) float64 in 0…1 from an unnaturalness map (h, w).
 
@@ -107,7 +85,7 @@ def enlargement(cells: int, size: int, stride: int, blur: float) -> np.ndarray:
 
 
 def postprocess_original(
-    unnaturalness: np.ndarray, height: int, width: int, stride: Stride, power: float = POWER, blur: float = BLUR
+    unnaturalness: np.ndarray, height: int, width: int, stride: Stride, power: float, blur: float
 ) -> np.ndarray:
     """The same byte for byte as the original code: (height, width) uint8.
 

@@ -17,6 +17,7 @@ from models.vlm import DIRECTIONS, TRIVIAL_PREDICTORS, LayerModel, VisualLanguag
 from models.weights.downloads import file_hash
 from pipeline import artefacts, networks
 from pipeline.images import STORED_SIZE
+from pipeline.presets import DEFAULTS
 from pipeline.scaling import area_scale
 
 LANGUAGE_MODEL = "vlm"
@@ -53,8 +54,8 @@ class Postprocess:
     """
 
     kind: str = "float"
-    power: float = unnaturalness.POWER
-    blur: float = unnaturalness.BLUR
+    power: float = DEFAULTS["saliency"]["power"].value
+    blur: float = DEFAULTS["saliency"]["blur"].value
     centre_prior: float = 0.0
 
     def __call__(self, raw: np.ndarray, height: int, width: int, stride: unnaturalness.Stride) -> np.ndarray:

@@ -43,19 +43,21 @@ def leads() -> bool:
     return not launched() or int(os.environ["RANK"]) == 0
 
 
-def _joined() -> bool:
+def _group() -> Any:
+    """torch.distributed where this process has joined others, else None."""
     torch = sys.modules.get("torch")
-    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    joined = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed if joined else None
 
 
 def rank() -> int:
     """Number of this process among all, from 0; 0 outside `group`."""
-    return sys.modules["torch"].distributed.get_rank() if _joined() else 0
+    return _group().get_rank() if _group() else 0
 
 
 def size() -> int:
     """How many processes work together; 1 outside `group`."""
-    return sys.modules["torch"].distributed.get_world_size() if _joined() else 1
+    return _group().get_world_size() if _group() else 1
 
 
 @contextmanager
@@ -65,18 +67,17 @@ def group(device: "torch.device") -> Iterator[None]:
         yield
         return
     import torch
-    from torch import distributed
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     if rank() == 0:
         yield
     else:
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
             yield
     # not after an exception: ranks that still wait for this one would make it wait too; torchrun ends them
-    distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 def first(function: Callable[[], T]) -> T:
@@ -87,8 +88,6 @@ def first(function: Callable[[], T]) -> T:
     """
     if size() == 1:
         return function()
-    from torch import distributed
-
     message: list[Any] = [None]
     error = None
     if rank() == 0:
@@ -96,7 +95,7 @@ def first(function: Callable[[], T]) -> T:
             message = [(function(), None)]
         except UserError as raised:
             message, error = [(None, str(raised))], raised
-    distributed.broadcast_object_list(message, src=0)
+    _group().broadcast_object_list(message, src=0)
     if error is not None:
         raise error
     value, problem = message[0]
@@ -109,10 +108,8 @@ def gather(value: T) -> list[T]:
     """What every rank gives (plain values, arrays), in the order of the ranks, on every rank."""
     if size() == 1:
         return [value]
-    from torch import distributed
-
     values: list[Any] = [None] * size()
-    distributed.all_gather_object(values, value)
+    _group().all_gather_object(values, value)
     return values
 
 
@@ -163,9 +160,7 @@ def total(value: float) -> float:
 def add_up(tensor: "torch.Tensor") -> "torch.Tensor":
     """Replace a tensor by its sum over all ranks, in place; the same bits on each."""
     if size() > 1:
-        from torch import distributed
-
-        distributed.all_reduce(tensor)
+        _group().all_reduce(tensor)
     return tensor
 
 
@@ -184,11 +179,10 @@ class GradientSum:
         if size() == 1:
             return
         import torch
-        from torch import distributed
 
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        self.running.append((parameters, flat, distributed.all_reduce(flat, async_op=True)))
+        self.running.append((parameters, flat, _group().all_reduce(flat, async_op=True)))
 
     def finish(self, losses: "torch.Tensor") -> "torch.Tensor":
         """Wait for all sums and put them in place; returns the sum of the losses, too."""
@@ -204,19 +198,9 @@ def gather_rows(array: np.ndarray) -> np.ndarray | None:
     """All ranks' rows in the order of the ranks, on rank 0; None on the others. Ranks may have none."""
     if size() == 1:
         return array
-    import torch
-    from torch import distributed
-
-    counts = torch.zeros(size(), dtype=torch.int64)
-    counts[rank()] = len(array)
-    add_up(counts)
-    padded = torch.zeros((int(counts.max()), *array.shape[1:]), dtype=torch.from_numpy(array[:0]).dtype)
-    padded[: len(array)] = torch.from_numpy(array)
-    there = [torch.empty_like(padded) for _ in range(size())] if rank() == 0 else None
-    distributed.gather(padded, there)
-    if there is None:
-        return None
-    return np.concatenate([part[:count].numpy() for part, count in zip(there, counts.tolist(), strict=True)])
+    parts: list[Any] | None = [None] * size() if rank() == 0 else None
+    _group().gather_object(array, parts)
+    return None if parts is None else np.concatenate(parts)
 
 
 def share(items: Sequence[T]) -> list[T]:

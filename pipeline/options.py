@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from models.errors import UserError
 from pipeline import ownership, parsers
@@ -21,11 +21,10 @@ from pipeline.presets import DEFAULTS, PRESETS, Stage
 DEVICES = ("auto", "cpu", "cuda", "mps")
 LARGEST_COUNT = 10**9  # of images, updates, …: beyond, sizes would overflow before memory does
 LARGEST_NUMBER = 3.4e38  # float32's
-Number = TypeVar("Number", int, float)
 LONGEST_PART = 255  # bytes of a file's or folder's name, on the usual file systems
 
 
-def set_defaults(parser: argparse.ArgumentParser, settings: Stage) -> None:
+def set_defaults(parser: Parser, settings: Stage) -> None:
     """Make settings the defaults of the options that are called so; --help shows them."""
     parser.set_defaults(**{name: setting.value for name, setting in settings.items()})
     for action in parser._actions:
@@ -59,24 +58,24 @@ def command_parser(doc: str, commands: Mapping[str, tuple[Callable, Callable]]) 
     return parser
 
 
-def add_common_options(parser: argparse.ArgumentParser, *, workspace: bool) -> None:
+def add_common_options(parser: Parser, *, workspace: bool) -> None:
     """Options of `stage_parser`."""
     if workspace:
-        parser.add_argument(
+        parser.model(
             "--preset",
             choices=sorted(PRESETS),
             default="alexnet",
             metavar="NAME",
             help=f"whose defaults to take: {', '.join(sorted(PRESETS))} (…_caffe: the paper's; default: alexnet)",
         )
-        parser.add_argument("--root", type=folder, help="workspace folder (default: out/<preset>)")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes cuda, then mps, then cpu")
-    parser.add_argument("--seed", type=natural, default=0, help="everything that is drawn follows from it (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="start afresh where finished or partial results stand")
-    parser.add_argument("--verbose", action="store_true", help="print all effective arguments, which sidecars hold too")
+        parser.output("--root", type=folder, help="workspace folder (default: out/<preset>)")
+    parser.machine("--device", choices=DEVICES, default="auto", help="auto takes cuda, then mps, then cpu")
+    parser.machine("--seed", type=natural, default=0, help="everything that is drawn follows from it (default: 0)")
+    parser.output("--overwrite", action="store_true", help="start afresh where finished or partial results stand")
+    parser.output("--verbose", action="store_true", help="print all effective arguments, which sidecars hold too")
 
 
-def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None, stage: str) -> argparse.Namespace:
+def parse_args(parser: Parser, argv: list[str] | None, stage: str) -> argparse.Namespace:
     """Parse with the chosen preset's values as the defaults of this stage."""
     first = Parser(add_help=False, prog=parser.prog)
     first.add_argument("--preset", default="alexnet")
@@ -99,46 +98,30 @@ def entry_of(module: str, registry: str) -> Callable[[str], str]:
     return entry
 
 
-def _checked(value: Number, fits: bool, text: str, what: str) -> Number:
-    if not fits:
-        raise argparse.ArgumentTypeError(f"{text[:40]} is not {what}")
-    return value
+def _number(
+    name: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], what: str, metavar: str | None = None
+) -> Callable[[str], Any]:
+    """argparse type: a number that fits; `what` says in an error which do, `metavar` stands in --help."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text[:40]} is not {what}")
+        return value
+
+    number.__name__, number.metavar = name, metavar
+    return number
 
 
-def natural(text: str) -> int:
-    """argparse type: an integer from 0 to 2⁶³-1."""
-    value = int(text)
-    return _checked(value, 0 <= value < 2**63, text, "an integer from 0 to 2⁶³-1")
-
-
-def positive(text: str) -> int:
-    """argparse type: an integer from 1 to 10⁹."""
-    value = int(text)
-    return _checked(value, 1 <= value <= LARGEST_COUNT, text, f"an integer from 1 to {LARGEST_COUNT}")
-
-
-def positive_number(text: str) -> float:
-    """argparse type: a number above 0 that fits into float32."""
-    value = float(text)
-    return _checked(value, 0 < value <= LARGEST_NUMBER, text, f"a number above 0, {LARGEST_NUMBER} at most")
-
-
-def finite_number(text: str) -> float:
-    """argparse type: a number that fits into float32."""
-    value = float(text)
-    return _checked(value, abs(value) <= LARGEST_NUMBER, text, f"a number, {LARGEST_NUMBER} at most")
-
-
-def non_negative_number(text: str) -> float:
-    """argparse type: a number from 0 up that fits into float32."""
-    value = float(text)
-    return _checked(value, 0 <= value <= LARGEST_NUMBER, text, f"a number from 0 up, {LARGEST_NUMBER} at most")
-
-
-def fraction(text: str) -> float:
-    """argparse type: a number from 0 up, below 1."""
-    value = float(text)
-    return _checked(value, 0 <= value < 1, text, "in [0, 1)")
+natural = _number("natural", int, lambda v: 0 <= v < 2**63, "an integer from 0 to 2⁶³-1", "N")
+positive = _number("positive", int, lambda v: 1 <= v <= LARGEST_COUNT, f"an integer from 1 to {LARGEST_COUNT}", "N")
+MOST = f"{LARGEST_NUMBER} at most"
+positive_number = _number("positive_number", float, lambda v: 0 < v <= LARGEST_NUMBER, f"a number above 0, {MOST}", "X")
+finite_number = _number("finite_number", float, lambda v: abs(v) <= LARGEST_NUMBER, f"a number, {MOST}")
+non_negative_number = _number(
+    "non_negative_number", float, lambda v: 0 <= v <= LARGEST_NUMBER, f"a number from 0 up, {MOST}", "X"
+)
+fraction = _number("fraction", float, lambda v: 0 <= v < 1, "in [0, 1)", "X")
 
 
 def _path(text: str) -> Path:
@@ -204,14 +187,18 @@ def writable_file(text: str) -> Path:
     return path
 
 
+readable_file.metavar = writable_file.metavar = "FILE"
+folder.metavar = writable_folder.metavar = "FOLDER"
+
+
 def count_or_file(text: str) -> int | Path:
     """argparse type: an integer from 0 up, or a file that is there and may be read."""
     return natural(text) if text.strip().isdecimal() else readable_file(text)
 
 
-def add_image_options(parser: argparse.ArgumentParser) -> None:
+def add_image_options(parser: Parser) -> None:
     """Options that say how images are read."""
-    parser.add_argument(
+    parser.inputs(
         "--range",
         type=finite_number,
         nargs=2,
@@ -235,22 +222,20 @@ def as_arguments(**values: Any) -> list[str]:
     return given
 
 
-def add_weights_options(parser: argparse.ArgumentParser) -> None:
+def add_weights_options(parser: Parser) -> None:
     """Options that say where the CNN's weights come from."""
-    parser.add_argument(
+    parser.model(
         "--weights",
         default="auto",
         metavar="auto|random|FILE",
         help="of the CNN: auto (default): the installed package, or a download; random: a control",
     )
-    parser.add_argument(
+    parser.model(
         "--mean-image",
         type=readable_file,
         help="imagenet_mean.binaryproto for the Caffe backbones (default: downloaded)",
     )
-    parser.add_argument(
-        "--cache", type=folder, help="folder of downloads (default: $CNN_VLM_CACHE or ~/.cache/cnn-vlm)"
-    )
+    parser.model("--cache", type=folder, help="folder of downloads (default: $CNN_VLM_CACHE or ~/.cache/cnn-vlm)")
 
 
 class OneOrEach(argparse.Action):
@@ -261,26 +246,26 @@ class OneOrEach(argparse.Action):
         setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
-def add_postprocess_options(parser: argparse.ArgumentParser) -> None:
+def add_postprocess_options(parser: Parser) -> None:
     """Options that say how an unnaturalness map becomes a saliency map."""
     each = {"nargs": "+", "action": OneOrEach}
-    parser.add_argument("--power", type=positive_number, **each, help="that the map is raised to; one for each --vlm")
-    parser.add_argument("--blur", type=fraction, **each, help="σ of the blur, of the image's sides; one for each --vlm")
-    parser.add_argument(
+    parser.output("--power", type=positive_number, **each, help="that the map is raised to; one for each --vlm")
+    parser.output("--blur", type=fraction, **each, help="σ of the blur, of the image's sides; one for each --vlm")
+    parser.model(
         "--predictor",
         **each,
         default="vlm",
         help="what gives the map: vlm, the language model, or instead predict-nothing (the energy of features), "
         "repeat-last, feature-contrast; one for each --vlm (default: vlm)",
     )
-    parser.add_argument(
+    parser.output(
         "--centre-prior",
         type=fraction,
         default=0.0,
         metavar="SIGMA",
         help="multiply the map by a Gaussian at the image's centre, σ of its sides (default: none)",
     )
-    parser.add_argument(
+    parser.output(
         "--postprocess",
         choices=("float", "original"),
         help="original rounds to 256 levels on the way, as the paper's code did",

@@ -15,10 +15,18 @@ from pipeline import ownership
 image_range: list[float] | None = None  # of the command that runs: --range, black and white of its deep images
 
 
+SECTIONS = ("inputs", "model", "descent", "output", "machine")  # of --help, in this order
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose errors are one line; `parser.inputs("--images", …)` adds an option to that section."""
 
     _given: Sequence[str] = ()
+
+    def __init__(self, *arguments: Any, **more: Any):
+        super().__init__(*arguments, **more)
+        self.sections = [self.add_argument_group(title) for title in SECTIONS]
+        self.inputs, self.model, self.descent, self.output, self.machine = (s.add_argument for s in self.sections)
 
     def parse_args(self, *arguments: Any, **more: Any) -> argparse.Namespace:
         """As usual; a new command begins, whose inputs the types of options note."""
@@ -52,7 +60,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (see --help)\n")
 
     def format_help(self) -> str:
-        """Usage in one line, what the script does, and its options by `SECTIONS`."""
+        """Usage in one line, what the script does, and its options by section."""
         if any(isinstance(action, argparse._SubParsersAction) for action in self._actions):
             return super().format_help()
         formatter = self._get_formatter()
@@ -61,40 +69,11 @@ class Parser(argparse.ArgumentParser):
         names = [f"[{name}]" if a.nargs in ("?", "*") else f"{name}" for a, name in called.items()]
         formatter.add_text(" ".join([f"usage: {self.prog}", "[options]", *names]))
         formatter.add_text(self.description)
-        for title in dict.fromkeys(SECTIONS.values()):
-            formatter.start_section(title)
-            formatter.add_arguments([a for a in self._actions if a.dest != "help" and SECTIONS.get(a.dest) == title])
+        for section in self.sections:
+            formatter.start_section(section.title)
+            formatter.add_arguments(section._group_actions)
             formatter.end_section()
         return formatter.format_help()
-
-
-SECTIONS = {  # of --help, by the option's name
-    **dict.fromkeys(
-        "inputs source image folders folder stimuli fixations dataset skip limit spoilings reconstructions maps "
-        "baseline images rows held_out exclude num_images workers strict features from_iteration merge export "
-        "figures max_side range views random_crop flip".split(),
-        "inputs",
-    ),
-    **dict.fromkeys(
-        "preset backbone weights mean_image cache vlm init cell layers layer target statistics dtype pca_positions "
-        "add predictor list_layers regularizer layer_weights feature_weight vlm_weight energy_weight l2_weight "
-        "tv_weight".split(),
-        "model",
-    ),
-    **dict.fromkeys(
-        "descent iterations reconstruction_iterations batch_size joint_learning_rate learning_rate momentum decay_at "
-        "decay_factor precision restarts start_noise frequency_exponent decorrelate in_turn".split(),
-        "descent",
-    ),
-    **dict.fromkeys(
-        "out root overwrite verbose snapshot_every log_every checkpoint_every grid power blur centre_prior postprocess "
-        "naturalness first last dry_run".split(),
-        "output",
-    ),
-    **dict.fromkeys("device processes gflops seed".split(), "machine"),
-}
-METAVARS = {"positive": "N", "natural": "N", "positive_number": "X", "non_negative_number": "X", "fraction": "X"}
-METAVARS |= {"readable_file": "FILE", "writable_file": "FILE", "folder": "FOLDER", "writable_folder": "FOLDER"}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -104,8 +83,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=32, width=min(120, shutil.get_terminal_size().columns - 2))
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        name = getattr(action.type, "__name__", "")
-        return METAVARS.get(name) or super()._get_default_metavar_for_optional(action)
+        return getattr(action.type, "metavar", None) or super()._get_default_metavar_for_optional(action)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         setting = getattr(action, "setting", None)

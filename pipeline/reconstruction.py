@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from models.objective import (
 from models.randomness import seed_for
 from models.vlm import VisualLanguageModel
 from pipeline import array_files, artefacts, figures, images, ownership, program
-from pipeline.targets import Statistics
+from pipeline.targets import Statistics, sample_energies
 
 OUTPUTS = tuple(
     "reconstruction.png reconstruction.npy image.png comparison.png curves.csv curves.png parameters.json".split()
@@ -135,19 +136,23 @@ class Task:
     Attributes:
         vlm: frozen language models; read only where the regulariser has them.
         statistics: those of `taps_measured`.
-        energies: mean square of projected features by layer, where the objective weighs it.
         name: of the descent.
     """
 
     backbone: Backbone
     vlm: VisualLanguageModel
     statistics: Statistics
-    energies: dict[str, float]
     objective: Objective
     name: str
     descent: Descent
     schedule: Schedule
     seed: int
+
+    @cached_property
+    def energies(self) -> dict[str, float]:
+        """Mean square of projected features by layer, where the objective weighs it; measured when first asked for."""
+        weighed = [n for n in self.objective.layer_weights if self.objective.energy_weight and n in self.vlm.layers]
+        return sample_energies(self.backbone, self.vlm, weighed) if weighed else {}
 
     def loss(self, target: Tensor) -> ReconstructionLoss:
         """The objective for a feature (1, C) or (1, C, H, W)."""
@@ -178,8 +183,16 @@ class Task:
         kind = OPTIMIZERS[self.descent.optimizer]
         return kind(image.parameters, self.schedule.learning_rate, self.descent.momentum)
 
+    def restart(self, number: int, folder: Path, facts: artefacts.Facts) -> "Restart":
+        """Restart `number` at its start, of which `facts` are all that determines the result."""
+        image = self.start(number)
+        return Restart(number, folder, self.backbone, image, self.optimizer(image), facts)
+
     def facts(self, weights_sha256: str, vlm_sha256: str) -> artefacts.Facts:
-        """What a result depends on besides its input; on the language models only where they regularise."""
+        """What a result depends on besides its input; on the language models only where they regularise.
+
+        The energies are left out: they follow from the rest.
+        """
         tensors = [value.numpy() for of_tap in self.statistics.values() for value in of_tap.values()]
         return {
             "stage": "reconstruct",
@@ -187,7 +200,6 @@ class Task:
             "weights_sha256": weights_sha256,
             "vlm_sha256": vlm_sha256 if REGULARIZERS[self.objective.regularizer].vlm else None,
             "statistics_sha256": array_files.hash_rows(tensors),
-            "energies": self.energies,
             **asdict(self.objective),
             "descent": self.name,
             **self.descent.values(self.schedule.decay_at),

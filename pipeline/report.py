@@ -12,15 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
 
 from pipeline.artefacts import write_text
+from pipeline.figures import HEAT
+from pipeline.plotting import colormap, matplotlib
 from pipeline.program import printable
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 TEMPLATES = Path(__file__).parent / "templates"
 JPEG_QUALITY = 88
@@ -54,8 +55,6 @@ class Picture:
     @cached_property
     def encoded(self) -> tuple[bytes, str]:
         """The file inside the page, and its extension: PNG for maps and small pictures, JPEG for photos."""
-        from PIL import Image
-
         if self.pixels.ndim == 2:
             return _encode(heat_map(self.pixels), "PNG"), "png"
         image = Image.fromarray(self.pixels)
@@ -135,10 +134,8 @@ def write(path: Path, report: Report) -> None:
 
 
 @cache
-def _environment() -> "Environment":
+def _environment() -> Environment:
     """What reads the templates, and compiles each once."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     return Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -195,7 +192,7 @@ def _uri(data: bytes, extension: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _encode(image: Any, form: str, **options: Any) -> bytes:
+def _encode(image: Image.Image, form: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
@@ -208,13 +205,8 @@ def _size(picture: Picture) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def heat_map(values: np.ndarray) -> Any:
+def heat_map(values: np.ndarray) -> Image.Image:
     """Values (H, W) in 0…1 as a picture of 256 colours."""
-    from PIL import Image
-
-    from pipeline.figures import HEAT
-    from pipeline.plotting import colormap
-
     image = Image.fromarray((np.asarray(values).clip(0, 1) * 255 + 0.5).astype(np.uint8), "L")
     image.thumbnail((MOST_SIDE, MOST_SIDE))
     image = Image.fromarray(np.asarray(image), "P")
@@ -224,9 +216,6 @@ def heat_map(values: np.ndarray) -> Any:
 
 def _stops() -> list[str]:
     """Colours of the heat map from low to high, for the colour bar."""
-    from pipeline.figures import HEAT
-    from pipeline.plotting import colormap, matplotlib
-
     return [matplotlib().colors.to_hex(colormap(HEAT)(value)) for value in np.linspace(0, 1, 9)]
 
 

@@ -228,11 +228,15 @@ def test_postprocessing_turns_with_the_map(h: int, w: int, stride: int, rows: in
     """Where the padding is even; an odd pixel goes to the bottom or right."""
     values = np.random.default_rng(seed).uniform(0, 5, (h, w))
     height, width = h * stride + 2 * rows, w * stride + 2 * columns
-    expected = postprocess(values, height, width, stride)
-    np.testing.assert_allclose(postprocess(values[:, ::-1].copy(), height, width, stride)[:, ::-1], expected, atol=1e-9)
-    np.testing.assert_allclose(postprocess(values[::-1].copy(), height, width, stride)[::-1], expected, atol=1e-9)
-    np.testing.assert_allclose(postprocess(values.T.copy(), width, height, stride).T, expected, atol=1e-9)
-    np.testing.assert_allclose(postprocess(7 * values, height, width, stride), expected, atol=1e-7)
+    expected = postprocess(values, height, width, stride, 0.5, 0.03)
+    np.testing.assert_allclose(
+        postprocess(values[:, ::-1].copy(), height, width, stride, 0.5, 0.03)[:, ::-1], expected, atol=1e-9
+    )
+    np.testing.assert_allclose(
+        postprocess(values[::-1].copy(), height, width, stride, 0.5, 0.03)[::-1], expected, atol=1e-9
+    )
+    np.testing.assert_allclose(postprocess(values.T.copy(), width, height, stride, 0.5, 0.03).T, expected, atol=1e-9)
+    np.testing.assert_allclose(postprocess(7 * values, height, width, stride, 0.5, 0.03), expected, atol=1e-7)
 
 
 # fixation metrics

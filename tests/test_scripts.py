@@ -27,7 +27,7 @@ from models.errors import UserError
 from models.randomness import split_images
 from models.training import draw_rows
 from models.vlm import squared_errors
-from pipeline import program, reconstruction
+from pipeline import program, reconstruction, views
 from pipeline.features import read_batch
 from pipeline.progress import Terminated
 from pipeline.views import Views
@@ -213,7 +213,7 @@ def test_interrupted_extraction_resumes_to_the_same_files(
     monkeypatch.setattr("pipeline.features.SAVE_EVERY", 0.0)
     options = [*RUN, "--root", str(tmp_path), "--weights", "random", "--layers", "conv4", "conv5"]
     options += ["--pca-positions", "400", "--batch-size", "4"]
-    whole = extract_features.network_batches
+    whole = views.network_batches
 
     def cut_short(images, backbone, size, first, *views):
         for number, batch in enumerate(whole(images, backbone, size, first, *views)):
@@ -221,7 +221,7 @@ def test_interrupted_extraction_resumes_to_the_same_files(
                 raise KeyboardInterrupt
             yield batch
 
-    monkeypatch.setattr(extract_features, "network_batches", cut_short)
+    monkeypatch.setattr(views, "network_batches", cut_short)
     interruptions = 0
     for _ in range(10):
         try:

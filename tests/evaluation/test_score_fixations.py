@@ -20,11 +20,12 @@ from evaluation.fixations import image_sizes, read_csv, read_fixations
 from models.backbones import ARCHITECTURES, random_parameters
 from models.checkpoints import load_vlm
 from models.errors import UserError
-from models.unnaturalness import centred, layer_features, postprocess, unnaturalness_map
+from models.unnaturalness import centred, layer_features, postprocess
 from models.vlm import DIRECTIONS, predict_nothing
 from models.weights.find import load_backbone
 from pipeline.detector import choose_layers
 from tests.conftest import make_photo
+from tests.pipeline.test_detector import unnaturalness_map
 
 SIZES = {"b.png": (90, 130), "a.jpg": (110, 100), "c.png": (100, 120), "d.png": (96, 96)}
 LOOKED_AT = ("a.jpg", "b.png", "c.png")  # nobody saw d.png
@@ -191,13 +192,13 @@ def test_controls_are_what_they_say(finished: Path, data: Path, workspace: Path,
         rgb = np.asarray(Image.open(data / "stimuli" / image).convert("RGB"))
         trained, _ = load_backbone("alexnet", weights)
         p = vlm.projections["conv5"](layer_features(trained, rgb, ["conv5"])["conv5"])[0].double().numpy()
-        expected = expected_scores(data, image, postprocess(ramp_energy(p), *rgb.shape[:2], 16))
+        expected = expected_scores(data, image, postprocess(ramp_energy(p), *rgb.shape[:2], 16, 0.5, 0.03))
         assert scores["alexnet-conv5/predict-nothing"][image] == pytest.approx(expected, abs=1e-5)
         random, _ = load_backbone("alexnet", "random", seed=0)
         p = vlm.projections["conv5"](layer_features(random, rgb, ["conv5"])["conv5"])
         with torch.no_grad():
             raw = vlm.layers["conv5"].unnaturalness_map(p)[0].double().numpy()
-        expected = expected_scores(data, image, postprocess(raw, *rgb.shape[:2], 16))
+        expected = expected_scores(data, image, postprocess(raw, *rgb.shape[:2], 16, 0.5, 0.03))
         assert scores["alexnet-conv5/random-cnn"][image] == pytest.approx(expected, abs=1e-5)
 
 
@@ -220,7 +221,7 @@ def test_maps_of_several_layers_are_added(
         ("/random-cnn", random, None),
     ):
         raws = [unnaturalness_map(cnn, loaded, rgb, layer, predictors) for layer in ("conv4", "conv5")]
-        total = sum(postprocess(raw, *rgb.shape[:2], 16) for raw in raws)  # each from 0 to 1
+        total = sum(postprocess(raw, *rgb.shape[:2], 16, 0.5, 0.03) for raw in raws)  # each from 0 to 1
         found = fixation_metrics.METRICS["nss"](fixation_metrics.Case.of(total, *looks(data, "b.png", limit=2)))
         assert scores[title + name]["b.png"]["nss"] == pytest.approx(found, abs=1e-5)
         if not name:

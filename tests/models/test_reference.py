@@ -402,10 +402,10 @@ def test_saliency_postprocessing_byte_for_byte(case: str) -> None:
     vectors = load("saliency_post")
     raw, (height, width) = vectors[f"{case}_map"], vectors[f"{case}_image_shape"][:2].tolist()
     assert np.array_equal(unnaturalness.to_bytes(raw**0.5), vectors[f"{case}_bytes"])
-    final = unnaturalness.postprocess_original(raw, height, width, stride=16)
+    final = unnaturalness.postprocess_original(raw, height, width, 16, 0.5, 0.03)
     assert final.dtype == np.uint8
     assert np.array_equal(final, vectors[f"{case}_final"])
-    by_floats = unnaturalness.postprocess(raw, height, width, stride=16)
+    by_floats = unnaturalness.postprocess(raw, height, width, 16, 0.5, 0.03)
     assert np.abs(by_floats * 255 - vectors[f"{case}_final"]).max() < 1.5  # what the rounding to bytes costs
 
 

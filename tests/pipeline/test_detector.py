@@ -7,14 +7,22 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from models.backbones import Backbone
 from models.errors import UserError
-from models.unnaturalness import feature_contrast, layer_features, postprocess, unnaturalness_map
-from models.vlm import DIRECTIONS, predict_nothing, repeat_last
+from models.unnaturalness import feature_contrast, layer_features, postprocess
+from models.vlm import DIRECTIONS, VisualLanguageModel, layer_map, predict_nothing, repeat_last
 from pipeline import detector, networks
 from tests.conftest import make_photo
 
 CPU = torch.device("cpu")
 RANDOM = networks.WeightsChoice(weights="random")
+
+
+def unnaturalness_map(backbone: Backbone, vlm: VisualLanguageModel, rgb: np.ndarray, layer: str, by=None) -> np.ndarray:
+    """Map (h-1, w-1) float64 of a layer for an image (H, W, 3) uint8, of the model's or of other predictors."""
+    features = layer_features(backbone, rgb, [layer])[layer]
+    with torch.no_grad():
+        return layer_map(vlm.projections[layer](features), by or vlm.layers[layer])[0].double().numpy()
 
 
 def test_one_pass_gives_every_reading(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +47,7 @@ def test_one_pass_gives_every_reading(workspace: Path, monkeypatch: pytest.Monke
         expected = unnaturalness_map(plain, checkpoint.vlm, rgb, layer, predictors)
         np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-6 * expected.max())
     finished = found.saliency("conv5 again", maps["conv5 again"], 100, 120)
-    np.testing.assert_array_equal(finished, postprocess(maps["conv5 again"], 100, 120, 16))
+    np.testing.assert_array_equal(finished, postprocess(maps["conv5 again"], 100, 120, 16, 0.5, 0.03))
     assert list(found.unnaturalness(rgb, ["conv5 again"])) == ["conv5 again"] and list(passes[-1][2]) == ["conv5"]
 
 
