@@ -72,8 +72,7 @@ def fixations(args: argparse.Namespace, device: "torch.device") -> None:
     Metrics: AUC (all pixels as negatives), shuffled AUC, NSS, CC, SIM and KLD as the MIT/Tübingen benchmark has them.
     """
     from evaluation import map_sources, score_fixations
-    from pipeline.detector import each, postprocess_each
-    from pipeline.networks import WeightsChoice, shipped_checkpoints
+    from pipeline import detector, networks
 
     places = (args.dataset, args.cache, args.stimuli, args.fixations, args.skip, args.limit)
     looks = distributed.together(lambda: score_fixations.read_data(*places))
@@ -81,15 +80,15 @@ def fixations(args: argparse.Namespace, device: "torch.device") -> None:
     def open_sources() -> list[map_sources.Source]:
         """What the options name, the checkpoints that ship where they name nothing."""
         sources = map_sources.folders(args.maps, looks.images, looks.fixations.sizes)
-        if checkpoints := args.vlm or ([] if args.maps or args.baseline else shipped_checkpoints()):
+        if checkpoints := args.vlm or ([] if args.maps or args.baseline else networks.shipped_checkpoints()):
             count = len(checkpoints)
             found = map_sources.model_sources(
                 checkpoints,
                 args.layer,
-                each(args.predictor, count, "--predictor"),
-                postprocess_each(args.postprocess, args.power, args.blur, args.centre_prior, count),
+                detector.each(args.predictor, count, "--predictor"),
+                detector.postprocess_each(args.postprocess, args.power, args.blur, args.centre_prior, count),
                 [name for b in dict.fromkeys(args.baseline) if (name := BASELINES[b].predictor)],
-                WeightsChoice(args.weights, args.mean_image, args.cache, args.seed),
+                networks.WeightsChoice(args.weights, args.mean_image, args.cache, args.seed),
                 device,
                 cache=args.out / "maps",
                 fresh=args.overwrite,
@@ -195,16 +194,16 @@ def naturalness(args: argparse.Namespace, device: "torch.device") -> None:
     The table says for every layer which copies it fails on, and where it tells more than predicting nothing does.
     """
     from evaluation import naturalness_readers, score_naturalness
-    from pipeline.detector import Checkpoint
-    from pipeline.networks import WeightsChoice, shipped_checkpoints
+    from pipeline import detector, networks
 
     def prepare() -> tuple[list[naturalness_readers.Reader], list, score_naturalness.Spoilings]:
         """What reads, what is read, and the spoilings in it."""
-        checkpoints = [Checkpoint.load(path, device) for path in dict.fromkeys(args.vlm or shipped_checkpoints())]
+        paths = args.vlm or networks.shipped_checkpoints()
+        checkpoints = [detector.Checkpoint.load(path, device) for path in dict.fromkeys(paths)]
         items, spoilings = score_naturalness.collect(
             args.folder, args.images, args.limit, checkpoints, args.spoilings, args.reconstructions, args.seed
         )
-        choice = WeightsChoice(args.weights, args.mean_image, args.cache, args.seed)
+        choice = networks.WeightsChoice(args.weights, args.mean_image, args.cache, args.seed)
         return naturalness_readers.load_readers(checkpoints, args.layer, choice, device), items, spoilings
 
     score_naturalness.evaluate(*distributed.together(prepare), args.out, args.seed, args.overwrite)

@@ -157,14 +157,11 @@ def get_parser() -> options.Parser:
 def main(argv: list[str] | None = None) -> None:
     """Read the inputs, describe the results, make what of them is missing."""
     args = options.parse_args(get_parser(), argv, "extract_features")
-    from pipeline import networks
-    from pipeline.features import STATE, FeatureFiles, check_room, clear, feature_facts, unfinished
-    from pipeline.tap_statistics import read_projections, write_projections
-    from pipeline.views import Views
+    from pipeline import features, networks, tap_statistics, views
 
     if args.list_layers:
         return networks.print_taps(args.backbone)
-    views = Views.checked(args.views, args.random_crop, args.flip, args.seed)
+    seen = views.Views.checked(args.views, args.random_crop, args.flip, args.seed)
     device = networks.prepare_device(args.device)
     folder = args.out or args.root / "features"
     with distributed.group(device), locks.claim(folder):
@@ -189,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
             "seed": args.seed,
         }
         if args.overwrite:  # all, before any is made: what is killed in between leaves nothing that looks whole
-            distributed.first(lambda: clear(folder, layers))
+            distributed.first(lambda: features.clear(folder, layers))
         others = ["data", *(backbone.available_targets if args.statistics is None else args.statistics)]
         path = folder / "projection.safetensors"
         noted = {**facts, "layers": layers, "statistics": sorted({*layers, *others})}
@@ -205,23 +202,25 @@ def main(argv: list[str] | None = None) -> None:
                 pca_positions=args.pca_positions,
                 batch_size=args.batch_size,
                 seed=args.seed,
-                state=folder / STATE,
+                state=folder / features.STATE,
                 facts=noted,
             )
             about = {"weights": weights.source, "sources": source.get("sources"), "names": names}
-            distributed.first(lambda: write_projections(path, statistics, noted, about))
-        distributed.first(lambda: artefacts.discard(folder / STATE))
-        projections = distributed.first(lambda: read_projections(path, layers))
+            distributed.first(lambda: tap_statistics.write_projections(path, statistics, noted, about))
+        distributed.first(lambda: artefacts.discard(folder / features.STATE))
+        projections = distributed.first(lambda: tap_statistics.read_projections(path, layers))
         facts |= {"projection_sha256": distributed.first(lambda: file_hash(path)), "dtype": args.dtype}
-        wanted = {n: feature_facts(len(images), backbone, n, p.size, views, facts) for n, p in projections.items()}
-        missing = distributed.first(lambda: unfinished(folder, wanted))
+        wanted = {
+            n: features.feature_facts(len(images), backbone, n, p.size, seen, facts) for n, p in projections.items()
+        }
+        missing = distributed.first(lambda: features.unfinished(folder, wanted))
         if not missing:
             print(f"{folder}: features of {', '.join(layers)} are finished: nothing to do")
             return
-        check_room(folder, missing)
-        files = FeatureFiles(folder, missing, distributed.span(len(images) * views.count, args.batch_size))
+        features.check_room(folder, missing)
+        files = features.FeatureFiles(folder, missing, distributed.span(len(images) * seen.count, args.batch_size))
         projections = {layer: projections[layer] for layer in files.writers}
-        write_features(images, backbone, projections, files, batch_size=args.batch_size, views=views)
+        write_features(images, backbone, projections, files, batch_size=args.batch_size, views=seen)
         print(f"{folder}: features of {', '.join(missing)} written")
 
 

@@ -30,14 +30,13 @@ def reconstruct(
     task: "Task", source: "Source", out: Path, facts: artefacts.Facts, restarts: int, every: int, overwrite: bool
 ) -> None:
     """All restarts of one input, and what they leave in `out`; nothing where that is finished."""
-    from pipeline.reconstruction import OUTPUTS, finish, reuse, save
-    from pipeline.targets import read_source
+    from pipeline import reconstruction, targets
 
-    target, rgb, digest = read_source(source, task.backbone, task.objective.target)
+    target, rgb, digest = targets.read_source(source, task.backbone, task.objective.target)
     facts = {"input": source.name, "input_sha256": digest, **facts}
-    if reuse(out, facts, overwrite):
+    if reconstruction.reuse(out, facts, overwrite):
         return
-    ownership.foresee(out, *OUTPUTS)
+    ownership.foresee(out, *reconstruction.OUTPUTS)
     facts |= {"energies": task.energies}
     loss, begun = task.loss(target), []
     try:
@@ -48,10 +47,10 @@ def reconstruct(
             begun.append(restart)
             run(restart, loss, task.schedule, every)
     except (KeyboardInterrupt, Terminated):
-        save(out, begun, rgb)
+        reconstruction.save(out, begun, rgb)
         raise
-    save(out, begun, rgb)
-    finish(out, begun, facts)
+    reconstruction.save(out, begun, rgb)
+    reconstruction.finish(out, begun, facts)
 
 
 def run(restart: "Restart", loss: "ReconstructionLoss", schedule: "Schedule", every: int) -> None:

@@ -94,9 +94,8 @@ def print_plan(
 
 def show_results(root: Path, image: Path, target: str, descent: str, lead: list[str], seconds: float) -> Path:
     """The page of a workspace, which is returned; the same as a picture, figures/summary.png; and README.txt."""
-    from pipeline import report_parts
+    from pipeline import report_parts, results_page
     from pipeline.report import write
-    from pipeline.results_page import WORKSPACE, results_report
 
     name = output_name(image.stem)
     folders = {
@@ -106,7 +105,7 @@ def show_results(root: Path, image: Path, target: str, descent: str, lead: list[
     saliency, photo = root / "saliency" / f"{name}.npy", limit_side(read_rgb(image), 1024)
     natural = json.loads((saliency.parent / f"{name}-naturalness.json").read_text(encoding="utf-8"))
     natural = {reading.replace("-", " ", 1): found for reading, found in natural.items()}
-    report = results_report(
+    report = results_page.results_report(
         name, photo, saliency=saliency, natural=natural, reconstructions=folders, log=root / "log.csv"
     )
     report.lead = lead
@@ -118,7 +117,7 @@ def show_results(root: Path, image: Path, target: str, descent: str, lead: list[
     there = {title: folder / "reconstruction.png" for title, folder in folders.items()}
     pictures |= {title.replace(", ", "\n"): read_rgb(path) for title, path in there.items() if path.is_file()}
     figures.picture_row(pictures, root / "figures" / "summary.png")
-    report_parts.write_guide(root, "A workspace of run_all.py", WORKSPACE)
+    report_parts.write_guide(root, "A workspace of run_all.py", results_page.WORKSPACE)
     return root / "report.html"
 
 

@@ -89,11 +89,10 @@ class Run:
 
 def open_detector(run: Run, checkpoint: Path, *, control: str = "") -> "Detector":
     """The detector of a checkpoint, with a reading for every layer, and one for a control."""
-    from pipeline import networks
-    from pipeline.results_page import detector_of_layers
+    from pipeline import networks, results_page
 
     weights = networks.WeightsChoice(run.weights if checkpoint == RECONSTRUCTION else "auto", None, run.cache, run.seed)
-    return detector_of_layers(checkpoint, weights, networks.prepare_device(run.device), control)
+    return results_page.detector_of_layers(checkpoint, weights, networks.prepare_device(run.device), control)
 
 
 def make_saliency(run: Run) -> None:
@@ -125,10 +124,8 @@ def make_reconstructions(run: Run) -> Iterator[Path]:
 
 def make_results(run: Run, started: float, dpi: int = 120) -> Path:
     """Everything of one image; the page is written anew whenever something is added to it. Returns the figure."""
-    from pipeline import networks
+    from pipeline import networks, report_parts, results_page
     from pipeline.report import write
-    from pipeline.report_parts import facts_of_run, write_guide
-    from pipeline.results_page import GUIDE, draw_figure, results_report
 
     ownership.foresee(run.out, "figure.png", PAGE, "README.txt")
     rgb = limit_side(read_rgb(run.image), run.max_side)
@@ -139,11 +136,14 @@ def make_results(run: Run, started: float, dpi: int = 120) -> Path:
         layers: "Sequence[LayerResult]" = (), natural: "Natural | None" = None, unfinished: str = ""
     ) -> None:
         """The page with what there is."""
-        report = results_report(
+        report = results_page.results_report(
             name, rgb, saliency=run.saliency, layers=layers, natural=natural, reconstructions=run.reconstructions
         )
         report.unfinished = f"Not finished: {unfinished}. Reload this page in a while." if unfinished else ""
-        report.facts = {"this run": facts_of_run(time.monotonic() - started, image=str(run.image)), **report.facts}
+        report.facts = {
+            "this run": report_parts.facts_of_run(time.monotonic() - started, image=str(run.image)),
+            **report.facts,
+        }
         write(run.out / PAGE, report)
 
     networks.obtain(networks.WeightsChoice(run.weights, None, run.cache, run.seed), RECONSTRUCTION, run.target)
@@ -154,8 +154,8 @@ def make_results(run: Run, started: float, dpi: int = 120) -> Path:
     write_page(layers, natural, "reconstructions follow")
     for folder in make_reconstructions(run):
         write_page(layers, natural, "more reconstructions follow" if folder.name != list(DESCENTS)[-1] else "")
-    draw_figure(figure, rgb, overlay, run.reconstructions, SMALL, layers, dpi)
-    write_guide(run.out, f"{name}: results of run_pretrained_model.py", GUIDE)
+    results_page.draw_figure(figure, rgb, overlay, run.reconstructions, SMALL, layers, dpi)
+    report_parts.write_guide(run.out, f"{name}: results of run_pretrained_model.py", results_page.GUIDE)
     return figure
 
 

@@ -156,8 +156,7 @@ def report(path: Path, error: Exception) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the stage; 2 if any image could not be read."""
     args = options.parse_args(get_parser(), argv, "saliency")
-    from pipeline import networks
-    from pipeline.detector import each, open_detectors, postprocess_each
+    from pipeline import detector, networks
 
     device = networks.prepare_device(args.device)
     out = args.out or args.root / "saliency"
@@ -166,10 +165,10 @@ def main(argv: list[str] | None = None) -> int:
         choice = networks.WeightsChoice(args.weights, args.mean_image, args.cache, args.seed)
         checkpoints = args.vlm or [args.root / "vlm.safetensors"]
         count = len(checkpoints)
-        finish = postprocess_each(args.postprocess, args.power, args.blur, args.centre_prior, count)
-        predictors = each(args.predictor, count, "--predictor")
-        detectors = open_detectors(checkpoints, args.layer, predictors, finish, choice, device)
-        of_readings = {name: detector.facts_of(name) for detector in detectors for name in detector.readings}
+        finish = detector.postprocess_each(args.postprocess, args.power, args.blur, args.centre_prior, count)
+        predictors = detector.each(args.predictor, count, "--predictor")
+        detectors = detector.open_detectors(checkpoints, args.layer, predictors, finish, choice, device)
+        of_readings = {name: d.facts_of(name) for d in detectors for name in d.readings}
         suffixes = (*SUFFIXES, *(f"{UNNATURALNESS}-{name}" for name in of_readings))
         files, problems = list_images(args.inputs, suffixes, out)
         outputs = [f"{name}{suffix}" for name in files for suffix in (".npy", ".png", "-overlay.png")]

@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--from-iteration tells where the weights of --init stand: give both, or neither")
     if args.from_iteration >= args.iterations:
         raise UserError(f"--from-iteration {args.from_iteration} leaves nothing of --iterations {args.iterations}")
-    from models.training import check_precision, default_decays, share_of_rate
+    from models import training
     from pipeline import language_models, networks
     from pipeline.features import open_features
     from pipeline.training_runs import Run, TrainingFacts
@@ -201,14 +201,12 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.group(device):
         features = open_features(args.features or args.root / "features", args.layers)
         with locks.claim(*(args.root / "train_state" / layer for layer in features.layers)):
-            rate = args.learning_rate or share_of_rate(args.joint_learning_rate, len(features.layers))
-            decays = default_decays(args.iterations) if args.decay_at is None else sorted(args.decay_at)
+            rate = args.learning_rate or training.share_of_rate(args.joint_learning_rate, len(features.layers))
+            decays = training.default_decays(args.iterations) if args.decay_at is None else sorted(args.decay_at)
             chosen |= {"learning_rate": rate, "decay_at": tuple(decays)}
             program.announce(chosen, device)
-            check_precision(args.precision, device)
-            training, held = split_for_training(
-                args.held_out, args.exclude, features.names, features.held_out, args.seed
-            )
+            training.check_precision(args.precision, device)
+            rows, held = split_for_training(args.held_out, args.exclude, features.names, features.held_out, args.seed)
             vlm = language_models.build_model(features.projection, features.layers, args.seed, args.cell)
             init = None
             if args.init:
@@ -227,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
             distributed.first(lambda: ownership.foresee(args.root, "log.csv"))
             run.resume(args.overwrite)
             layers = ", ".join(features.layers)
-            watched = held if len(held) else training[:WATCHED]
+            watched = held if len(held) else rows[:WATCHED]
             if run.is_done and distributed.first(run.is_written):
                 print(f"{run.out}: {layers} finished {run.iteration} iterations: nothing to do")
                 return
@@ -235,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
                 run.complete(watched, device)
             elif run.iteration > args.from_iteration:
                 print(f"going on after iteration {run.iteration}")
-            train_on_disk(run, training, watched, device, args.log_every, args.checkpoint_every)
+            train_on_disk(run, rows, watched, device, args.log_every, args.checkpoint_every)
             print(f"{run.out}: {layers} trained for {run.iteration} iterations")
 
 

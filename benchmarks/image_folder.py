@@ -17,6 +17,7 @@ from benchmarks.random_networks import make_backbone, make_projection
 from benchmarks.timing import SEED, Figure, Report, Setup, ratio, seconds
 from models.vlm import VisualLanguageModel
 from pipeline.detector import Checkpoint, Detector, Reading
+from pipeline.images import read_rgb
 
 GOAL = 0.92
 BACKBONE, LAYER = "vgg16", "conv5_3"
@@ -50,8 +51,6 @@ def make_detector(setup: Setup) -> Detector:
 
 def measure(setup: Setup) -> Report:
     """Whole time over the network's."""
-    from pipeline.images import read_rgb
-
     count, size = (QUICK_IMAGES, QUICK_SIZE) if setup.quick else (IMAGES, SIZE)
     files = write_images(setup.folder, count, size)
     detector, out = make_detector(setup), setup.folder / "maps"

@@ -4,12 +4,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
+import torch
 
 SEED = 0
 
@@ -19,7 +17,7 @@ class Setup:
     """How to measure: rounds, device, threads of torch, an empty folder, whether tiny sizes are enough."""
 
     repeats: int
-    device: "torch.device"
+    device: torch.device
     threads: int
     folder: Path
     quick: bool = False
@@ -101,8 +99,6 @@ def seconds(
 
 def _wait(setup: Setup) -> None:
     if setup.device.type != "cpu":
-        import torch
-
         getattr(torch, setup.device.type).synchronize()
 
 
@@ -115,8 +111,6 @@ class MatrixProduct:
     """A product of two large square float32 matrices: what the machine reaches at best (sgemm)."""
 
     def __init__(self, setup: Setup):
-        import torch
-
         size = 64 if setup.quick else 2048 if setup.device.type == "cpu" else 8192
         generator = torch.Generator().manual_seed(SEED)
         self.a, self.b = (torch.randn(size, size, generator=generator).to(setup.device) for _ in range(2))
@@ -124,8 +118,6 @@ class MatrixProduct:
         self.flops = 2.0 * size**3
 
     def __call__(self) -> None:
-        import torch
-
         torch.mm(self.a, self.b, out=self.out)
 
 

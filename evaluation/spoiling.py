@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from PIL import Image
 
 from models.randomness import seed_for
 
@@ -94,8 +95,6 @@ def blurred(rgb: np.ndarray, _: np.random.Generator, __: np.ndarray, sigma: floa
 
 def compressed(rgb: np.ndarray, _: np.random.Generator, __: np.ndarray, quality: int) -> np.ndarray:
     """What a JPEG file of this quality keeps."""
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.fromarray(rgb).save(buffer, format="JPEG", quality=quality)
     with Image.open(buffer) as image:

@@ -2,17 +2,14 @@
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.backbones import Backbone
 from models.randomness import seed_for
-
-if TYPE_CHECKING:
-    from models.backbones import Backbone
 
 
 class Moments:
@@ -156,7 +153,7 @@ class Projection(nn.Module):
         return F.conv2d(centred, self.components[:, :, None, None])
 
 
-def fold_deepest(backbone: "Backbone", projections: Mapping[str, Projection]) -> tuple["Backbone", str | None]:
+def fold_deepest(backbone: Backbone, projections: Mapping[str, Projection]) -> tuple[Backbone, str | None]:
     """A backbone whose deepest tap of `projections` is projected already, and the name of that tap.
 
     A convolution before its ReLU is linear, as the projection is: one convolution with fewer output channels is both,

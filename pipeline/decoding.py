@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 from models.errors import UserError
 from pipeline import parsers
@@ -160,8 +160,6 @@ def to_rgb_array(image: Image.Image) -> np.ndarray:
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # palettes may carry transparency, dropped below
     if image.mode == "LAB":
-        from PIL import ImageCms
-
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     return np.asarray(image.convert("RGB"))  # (H, W, 3)

@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchvision.models
 from torch import Tensor, fx, nn
+from torchvision.models import get_model, get_model_weights, list_models
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from models.backbones.architecture import REFUSALS, Architecture
 from models.backbones.chains import TORCHVISION_LICENCE
@@ -99,8 +102,6 @@ class GraphReader:
         """Trace the graph and measure the layouts, the first time: of a network without data."""
         if hasattr(self, "_graph"):
             return
-        from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
-
         names = get_graph_node_names(network, suppress_diff_warning=True)[1]
         extractor = create_feature_extractor(
             network, eval_return_nodes=names, train_return_nodes=names[-1:], suppress_diff_warning=True
@@ -197,17 +198,12 @@ def renamed(name: str) -> str:
 
 def torchvision_names() -> list[str]:
     """All classification networks of the installed torchvision."""
-    import torchvision.models as models
-    from torchvision.models import list_models
-
-    return list_models(module=models)
+    return list_models(module=torchvision.models)
 
 
 @cache
 def torchvision_architecture(name: str) -> Architecture:
     """The entry of a network, one of `torchvision_names`: its published weights and the input that they want."""
-    from torchvision.models import get_model, get_model_weights
-
     published = get_model_weights(name).DEFAULT
     transforms = published.transforms()
     side = min(transforms.crop_size[0], STORED)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.backbones import Architecture, Backbone, find_architecture, random_parameters
 from models.errors import UserError
+from models.weights.caffe import read_binaryproto
 from models.weights.downloads import Progress, RemoteFile, cache_folder, fetch, file_hash, flaw
 from models.weights.origin import Packaged
 from models.weights.read import read_weights
@@ -159,8 +160,6 @@ def load_mean_image(
     Raises:
         UserError: not found, or not an image of this size.
     """
-    from models.weights.caffe import read_binaryproto
-
     if path is None:
         path = _obtain(MEAN_IMAGE, cache or cache_folder(), download, progress, "--mean-image")
     if not path.is_file():

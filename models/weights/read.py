@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from models.backbones.architecture import Architecture
 from models.errors import UserError
+from models.weights.caffe import match_parameters, read_caffemodel
 from models.weights.contents import other_kind
 from models.weights.downloads import file_hash
+from models.weights.pickles import read_convolutions
 
 # The number that torch files from before version 1.6 start with, as pickled.
 _LEGACY_TORCH = b"\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
@@ -89,9 +93,6 @@ def _read_torch(path: Path) -> Mapping[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
@@ -100,8 +101,6 @@ def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
 
 def _read_package(path: Path, architecture: Architecture) -> Mapping[str, Tensor]:
     """A pickle can do anything to whoever reads it: only the two of the package are, known by their hashes."""
-    from models.weights.pickles import read_convolutions
-
     packaged = architecture.origin.packaged
     if packaged is None or file_hash(path) != packaged.sha256:
         raise UserError(f"{path} is a pickle, which could run code: give {architecture.name} as a torch file")
@@ -109,8 +108,6 @@ def _read_package(path: Path, architecture: Architecture) -> Mapping[str, Tensor
 
 
 def _read_caffe(path: Path, architecture: Architecture) -> Mapping[str, Tensor]:
-    from models.weights.caffe import match_parameters, read_caffemodel
-
     shapes = architecture.parameter_shapes()
     blobs = read_caffemodel(path, wanted={name.split(".")[0] for name in shapes})
     absent = {layer for layer in architecture.fully_connected if layer not in blobs}
