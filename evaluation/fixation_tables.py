@@ -1,12 +1,13 @@
 """Fixations from a table of text, of the kinds that spreadsheets, trackers and their programs write."""
 
-import codecs
 import csv
+import io
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from models.errors import UserError
+from pipeline.paths import read_text
 
 UNKNOWN_SUBJECT = -1
 COLUMNS = ("image", "subject", "x", "y")
@@ -21,10 +22,7 @@ def csv_rows(path: Path) -> Iterator[Row]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a table of fixations with the columns {', '.join(COLUMNS)}")
     try:
-        with path.open("rb") as file:
-            wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        with path.open(encoding="utf-16" if wide else "utf-8-sig", newline="") as file:
-            rows = list(_table_rows(path, file))
+        rows = list(_table_rows(path, io.StringIO(read_text(path), newline="")))
     except (csv.Error, UnicodeError) as error:
         raise UserError(f"{path} is not a table of comma-separated values in UTF-8 ({error}): mend it") from None
     except OSError as error:

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from models.errors import UserError
 from pipeline import artefacts, distributed, ownership
+from pipeline.images import readable
 from pipeline.progress import Progress
 
 JOURNAL = "scores.partial"
@@ -69,6 +72,21 @@ def is_shown(out: Path, facts: artefacts.Facts, overwrite: bool) -> bool:
     return True
 
 
+def whole_images(files: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
+    """The images that can be read to their end, and why others cannot, which is said.
+
+    Raises:
+        UserError: none can.
+    """
+    images, unreadable = readable(files)
+    if distributed.leads():
+        for problem in unreadable.values():
+            print(f"evaluate.py: left out: {problem}", file=sys.stderr)
+    if unreadable and not images:
+        raise UserError(f"none of the {len(unreadable)} images can be read: give others")
+    return images, unreadable
+
+
 def score_all(
     names: Sequence[str], score: Callable[[str], Any], out: Path, facts: artefacts.Facts, overwrite: bool
 ) -> dict[str, Any]:
@@ -79,9 +97,13 @@ def score_all(
     mine = distributed.share([name for name in names if name not in journal.scores])
 
     def score_mine() -> None:
+        """Of this rank; an error names the image."""
         with Progress(len(mine), "evaluating", "images") as progress:
             for name in mine:
-                journal.add(name, score(name))
+                try:
+                    journal.add(name, score(name))
+                except UserError as error:
+                    raise UserError(str(error) if name in str(error) else f"{name}: {error}") from None
                 progress.update(note=f"{name:.40}")
 
     distributed.together(score_mine)

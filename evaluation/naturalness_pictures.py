@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation import spoiling
-from evaluation.journal import text_sha256
+from evaluation.journal import text_sha256, whole_images
 from evaluation.score_reconstructions import find_results, group_by_model, read_original
 from evaluation.spoiling import Copy
 from models.backbones import central_part
@@ -15,7 +15,7 @@ from models.errors import UserError
 from models.randomness import seed_for
 from models.weights.downloads import file_hash
 from pipeline import array_files
-from pipeline.images import STORED_SIZE, check_file, list_images, open_stored, read_rgb
+from pipeline.images import STORED_SIZE, list_images, open_stored, read_rgb
 from pipeline.scaling import area_scale
 from pipeline.splits import rows_of
 
@@ -49,18 +49,18 @@ def stored_pictures(path: Path, names: Sequence[str]) -> list[Picture]:
 
 
 def pictures_inside(folder: Path) -> list[Picture]:
-    """The images of a folder, which are brought to the size of stage 1 as it does.
+    """The images of a folder, which are brought to the size of stage 1 as it does; damaged ones are left out.
 
     Raises:
         UserError: there are none.
     """
 
     def picture(name: str, path: Path) -> Picture:
-        check_file(path)
         return Picture(name, file_hash(path), lambda: area_scale(read_rgb(path), STORED_SIZE, STORED_SIZE))
 
     files, _ = list_images([str(folder)])
-    return [picture(name, path) for name, path in files.items()]
+    whole = set(whole_images(list(files.values()))[0])
+    return [picture(name, path) for name, path in files.items() if path in whole]
 
 
 def items_of(pictures: Sequence[Picture], wanted: list[str], seed: int) -> list[Item]:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +14,12 @@ from evaluation import tables
 from evaluation.datasets import DATASETS, obtain
 from evaluation.fixation_metrics import METRICS, all_scores, inter_observer
 from evaluation.fixations import Fixations, image_sizes, read_fixations
-from evaluation.journal import is_shown, score_all, text_sha256, write_results
+from evaluation.journal import is_shown, score_all, text_sha256, whole_images, write_results
 from evaluation.map_sources import Row, Source
 from models.errors import UserError
 from models.weights.downloads import file_hash
 from pipeline import artefacts, distributed, figures, listing, ownership, program
-from pipeline.images import read_rgb, readable
+from pipeline.images import read_rgb
 
 OBSERVERS = "inter-observer"
 Scores = dict[str, dict[str, float]]  # by row and metric, of one image
@@ -90,12 +89,7 @@ def read_data(
         if not stimuli.is_dir():
             raise UserError(f"{stimuli} is not a folder: give the folder of the images with --stimuli")
         images = listing.images_below(stimuli)
-    images, unreadable = readable(images[skip:][:limit])
-    if distributed.leads():
-        for problem in unreadable.values():
-            print(f"evaluate.py: left out: {problem}", file=sys.stderr)
-    if unreadable and not images:
-        raise UserError(f"none of the {len(unreadable)} stimuli can be read: give other images")
+    images, unreadable = whole_images(images[skip:][:limit])
     ownership.reading(path, *images)
     found = read(path, image_sizes(images))
     without = found.images_without()

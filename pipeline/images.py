@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from models.errors import UserError
+from models.weights.contents import other_kind
 from pipeline import array_files, artefacts, decoding, listing, ownership
 from pipeline.paths import IS_EMPTY, native_name, problem_of, real, user_path, utf8_name
 from pipeline.program import printable
@@ -65,7 +66,7 @@ def read_rgb(source: Path | BinaryIO, name: str | None = None) -> np.ndarray:
     except UserError as error:
         raise UserError(f"{name} {error}") from None
     except UnidentifiedImageError:
-        raise UserError(f"{name} is not an image that Pillow can open: give a JPEG, PNG, TIFF, WebP, …") from None
+        raise UserError(f"{name} is {_instead(source)}: give a JPEG, PNG, TIFF, WebP, …") from None
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} is too large ({error}): scale it down first") from None
     except MemoryError:
@@ -75,6 +76,14 @@ def read_rgb(source: Path | BinaryIO, name: str | None = None) -> np.ndarray:
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
         reason = printable(" ".join(str(error).split()))[:200]
         raise UserError(f"{name} is damaged ({type(error).__name__}: {reason}): give another file") from None
+
+
+def _instead(source: Path | BinaryIO) -> str:
+    """What a file is that cannot be opened as an image."""
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+        file.seek(0)
+        kind = other_kind(file.read(256))
+    return kind if kind and not kind.endswith("image") else "not an image that Pillow can open"
 
 
 def tell(name: str, what: str) -> None:

@@ -1,5 +1,6 @@
 """One way from what a user wrote to a path: for reading, writing, locking and recording."""
 
+import codecs
 import os
 import stat
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from models.errors import UserError
 
 IS_FOLDER, IS_EMPTY = "is a folder", "is empty"
+WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # marks at the start of UTF-16
 
 
 def user_path(text: str | Path) -> Path:
@@ -60,3 +62,15 @@ def problem_of(path: Path) -> str:
     if not stat.S_ISREG(status.st_mode):
         return "is not a regular file"
     return "" if status.st_size else IS_EMPTY
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """What a user's text file says: UTF-8, or UTF-16 with a mark at its start; a mark is no part of it.
+
+    Raises:
+        OSError, or UnicodeError as `errors` says.
+    """
+    content = path.read_bytes()
+    if content.startswith(WIDE):
+        return content.decode("utf-16", "strict" if errors == "strict" else "replace")
+    return content.decode("utf-8-sig", errors)

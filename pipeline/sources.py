@@ -4,9 +4,9 @@ A source is a sorted list of `Entry`, each of which opens as bytes. Nothing is e
 inside a tar, or inside a tar in a tar, is a range of bytes of the outer file.
 """
 
-import codecs
 import hashlib
 import io
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +18,10 @@ import numpy as np
 
 from models.errors import UserError
 from models.randomness import seed_for
+from models.weights.contents import other_kind_of
 from pipeline import decoding, listing, ownership, tars
 from pipeline.images import MOST_BYTES, check_bytes, read_rgb
-from pipeline.paths import native_name, problem_of, user_path
+from pipeline.paths import WIDE, native_name, problem_of, read_text, user_path
 from pipeline.presets import SAMPLES
 from pipeline.program import printable
 
@@ -193,10 +194,12 @@ def _list_entries(path: Path) -> Iterator[Entry]:
     Raises:
         UserError: the file is neither a list nor anything else that is read.
     """
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape").splitlines()
+    lines = read_text(path, "surrogateescape").splitlines()
     found = [_line_entry(path.parent, line.strip()) for line in lines if line.strip() and not line.lstrip()[0] == "#"]
-    if found and any("\udc80" <= c <= "\udcff" for line in lines for c in line) and all(e.problem for e in found):
-        raise UserError(f"{path} is neither a tar nor a text file: {EXPECTED}")
+    if found and all(entry.problem for entry in found):
+        odd = any("\udc80" <= c <= "\udcff" for line in lines for c in line)
+        if kind := other_kind_of(path) or ("neither a tar nor a text file" if odd else None):
+            raise UserError(f"{path} is {kind}: {EXPECTED}")
     yield from found
 
 
@@ -208,6 +211,7 @@ def _line_entry(folder: Path, line: str) -> Entry:
         lambda text: re.sub(r"([\s,;]+-?\d+(\.\d+)?)+$", "", text),
         lambda text: text[1:-1] if text[:1] in "\"'" and text[:1] == text[-1:] and len(text) > 1 else text,
         lambda text: text.replace("\\", "/"),
+        os.path.expanduser,
     ):
         meant += [changed for text in meant if (changed := change(text).strip()) and changed not in meant]
     files = {text: folder / native_name(text) for text in meant}
@@ -227,7 +231,8 @@ def _is_tar(path: Path) -> bool:
         raise UserError(f"{path} is compressed: uncompress it first, images inside gain nothing from it")
     if tars.is_tar(head):
         return True
-    if b"\0" in head or path.stat().st_size > MOST_BYTES:  # before all of it is read as text
+    binary = b"\0" in head and not head.startswith(WIDE)
+    if binary or path.stat().st_size > MOST_BYTES:  # before all of it is read as text
         raise UserError(f"{path} is neither a tar nor a text file: {EXPECTED}")
     return False
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from models.errors import UserError
 from models.randomness import split_images
+from pipeline.paths import read_text
 from pipeline.program import printable
 
 
@@ -24,8 +25,8 @@ def choose_held_out(wanted: int | Path, names: Sequence[str], seed: int) -> list
     if isinstance(wanted, int):
         return split_images(len(names), wanted, seed)[1].tolist()
     try:
-        lines = wanted.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
+        lines = read_text(wanted).splitlines()
+    except UnicodeError:
         raise UserError(f"{wanted} is no text file: give names of images to hold out, one a line") from None
     return rows_of([line.strip() for line in lines if line.strip()], names, str(wanted))
 

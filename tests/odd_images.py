@@ -146,7 +146,7 @@ READABLE: dict[str, tuple[bytes, np.ndarray, float]] = {  # content, pixels, gre
     "broken profile.webp": (broken_profile("WEBP"), RGB, 14),
 }
 REFUSED: dict[str, tuple[bytes, str]] = {
-    "empty.png": (b"", "is not an image"),
+    "empty.png": (b"", "is an empty file"),
     "text.png": (b"no picture", "is not an image"),
     "noise.jpg": (np.random.default_rng(0).bytes(5000), "is not an image"),
     "start.jpg": (b"\xff\xd8\xff\xe0" + bytes(100), "image"),

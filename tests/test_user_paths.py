@@ -5,12 +5,17 @@ import os
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+import evaluate
 import saliency
+from models.backbones import find_architecture
+from models.errors import UserError
 from pipeline import artefacts, images
 from tests.conftest import make_photo
 from tests.pipeline.test_options import tiny, tiny_workspace  # noqa: F401 (fixtures)
@@ -126,3 +131,55 @@ def test_a_disk_that_refuses_a_name(
     assert told.count("\n") == 1 and "a:b?" in told and "Invalid argument" in told
     assert artefacts.read_sidecar(tmp_path / "out" / "fine.npy", "saliency.py")
     assert not (tmp_path / "out" / "a:b?.npy.json").exists()
+
+
+def test_odd_pictures_in_an_evaluation(
+    tmp_path: Path,
+    tiny_workspace: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """A damaged one is left out and listed; one that a network cannot see is named."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed in range(3):
+        write_photo(folder / f"{seed}.png", seed)
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:500])
+    vlm = ["--vlm", str(tiny_workspace / "vlm.safetensors"), "--weights", "random", "--device", "cpu"]
+    capsys.readouterr()
+    natural = ["naturalness", str(folder), *vlm, "--spoilings", "mirrored", "--out", str(tmp_path / "natural")]
+    assert evaluate.main(natural) == 0
+    told = capsys.readouterr()
+    assert "cut.png is damaged" in told.err and told.err.count("left out: ") == 1 and "3 images" in told.out
+    Image.fromarray(make_photo(0, 3, 3)).save(folder / "small.png")
+    (tmp_path / "fixations.csv").write_text("image,x,y\n0.png,1,1\nsmall.png,1,1\n")
+    looks = ["fixations", "--stimuli", str(folder), "--fixations", str(tmp_path / "fixations.csv")]
+    with pytest.raises(UserError, match="^small.png: an image of 3×3 pixels is too small for conv2 of tiny"):
+        evaluate.main([*looks, *vlm, "--out", str(tmp_path / "looks")])
+
+
+def test_weights_and_targets_in_a_process_of_their_own(tmp_path: Path) -> None:
+    """Convolutions of AlexNet as a training script leaves them are read; what else is given is named in a line."""
+    write_photo(tmp_path / "a.png")
+    shapes = find_architecture("alexnet").parameter_shapes()
+    kept = {name: torch.randn(shape) for name, shape in shapes.items() if name.startswith("conv")}
+    torchvisions = dict(zip(("conv1", "conv2", "conv3", "conv4", "conv5"), (0, 3, 6, 8, 10), strict=True))
+    renamed = {f"module.features.{torchvisions[n[:5]]}.{n[6:]}": value for n, value in kept.items()}
+    torch.save({"model": {"state_dict": renamed}, "epoch": 3}, tmp_path / "w.pth")
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html>404")
+    vlm, once = ["--vlm", str(ROOT / "models" / "pretrained" / "alexnet.safetensors")], ["--iterations", "1"]
+    tries = {
+        ("saliency.py", "a.png", *vlm, "--weights", "w.pth", "--no-naturalness", "--out", "maps"): "",
+        ("saliency.py", "a.png", "--vlm", "pointer.safetensors"): "pointer.safetensors is a Git LFS pointer",
+        ("saliency.py", "a.png", *vlm, "--weights", "page.pth"): "page.pth is a web page",
+        ("saliency.py", *vlm, "a.png"): "--vlm takes all that follows it: put IMAGE|FOLDER before it",
+        ("reconstruct.py", "a.png", *vlm, "--weights", "w.pth", *once, "--target", "mixed4a"): "no tap 'mixed4a'",
+        ("reconstruct.py", "a.png", *vlm, "--weights", "w.pth", *once, "--target", "fc7"): "fc7",
+    }
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(lambda i, c: run(*c[:1], tmp_path, *c[1:], "--root", f"root{i}"), range(6), tries))
+    for (command, told), result in zip(tries.items(), results, strict=True):
+        said = result.stderr.decode()
+        assert (result.returncode, said.count("\n")) == ((2, 1) if told else (0, 0)), (command, said)
+        assert told in said
+    assert (tmp_path / "maps" / "a-overlay.png").is_file()

@@ -2,7 +2,7 @@
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +21,17 @@ from models.weights.pickles import read_convolutions
 # The number that torch files from before version 1.6 start with, as pickled.
 _LEGACY_TORCH = b"\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 _SAFETENSORS_HEADER = 100_000_000  # bytes of a header that the format allows
+_TORCHVISION = ("features.", "classifier.")  # its names of AlexNet and VGG
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_NESTED = ("state_dict", "model_state_dict", "model")  # where training scripts put the weights among other things
-_PARALLEL = "module."  # what DataParallel puts before every name
+_NESTED = ("state_dict", "model_state_dict", "model", "network", "net")  # above the weights in training scripts' files
+_DEPTH = 3  # of such, one below the other
 
 
 def read_weights(path: Path, architecture: Architecture) -> dict[str, Tensor]:
     """Parameters from a file, recognised by its content: torch, safetensors, caffemodel, or the package's pickle.
 
-    Names may be ours or those of `architecture.origin`, behind `module.` or not, and lie under `state_dict` or
-    `model`. Fully connected layers may be missing altogether where the origin allows that.
+    Names may be ours or those of `architecture.origin`, all behind `module.` or the like, and lie below `state_dict`,
+    `model` or an only key. Fully connected layers may be missing altogether where the origin allows that.
 
     Raises:
         UserError: unreadable, of another network, not finite; nothing in the file is ever executed.
@@ -85,7 +86,10 @@ def _read_torch(path: Path) -> Mapping[str, Tensor]:
         raise UserError(f"{path} holds no plain weights ({_first_line(error)}): give a state dict") from None
     if not isinstance(loaded, Mapping):
         raise UserError(f"{path} is no state dict, tensors by name: give one, saved as model.state_dict()")
-    inner = next((loaded[key] for key in _NESTED if isinstance(loaded.get(key), Mapping)), loaded)
+    inner = loaded
+    for _ in range(_DEPTH):
+        keys = (*_NESTED, *(inner if len(inner) == 1 else ()))
+        inner = next((inner[key] for key in keys if isinstance(inner.get(key), Mapping)), inner)
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in inner.items()):
         found = ", ".join(f"{name!s:.30}" for name in list(inner)[:5])
         raise UserError(f"{path} holds {found}, no state dict (tensors by name): give one, saved as model.state_dict()")
@@ -122,18 +126,31 @@ def _canonical(tensors: Mapping[str, Tensor], architecture: Architecture, path: 
     torchvision's names are refused for the Caffe backbones: its VGG-19 has the same shapes and other weights, for
     another input.
     """
-    parallel = bool(tensors) and all(name.startswith(_PARALLEL) for name in tensors)
+    rename, shapes = architecture.origin.rename, architecture.parameter_shapes()
+    prefix = _common_prefix(tensors, lambda name: rename(name) in shapes or name.startswith(_TORCHVISION))
     renamed: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        if architecture.origin.caffe and name.removeprefix(_PARALLEL).startswith(("features.", "classifier.")):
+    for full_name, value in tensors.items():
+        name = full_name.removeprefix(prefix)
+        if architecture.origin.caffe and name.startswith(_TORCHVISION):
             raise UserError(
                 f"{path} has torchvision's names ({name}), {architecture.name} has other weights: give its caffemodel"
             )
-        target = architecture.origin.rename(name.removeprefix(_PARALLEL) if parallel else name)
+        target = rename(name)
         if target in renamed:
             raise UserError(f"{path} has {target} twice, as {name} too: give a file of one network")
         renamed[target] = value
     return renamed
+
+
+def _common_prefix(names: Iterable[str], is_known: Callable[[str], bool]) -> str:
+    """What wrappers put before every name, `module.` or `_orig_mod.model.`: all parts before the first known name."""
+    names, prefix = list(names), ""
+    while names and not any(map(is_known, names)):
+        parts = [name.partition(".") for name in names]
+        if len({first for first, _, _ in parts}) > 1 or not all(rest for _, _, rest in parts):
+            return ""
+        prefix, names = f"{prefix}{parts[0][0]}.", [rest for _, _, rest in parts]
+    return prefix
 
 
 def _checked(tensors: Mapping[str, Tensor], architecture: Architecture, path: Path) -> dict[str, Tensor]:

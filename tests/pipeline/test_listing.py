@@ -66,8 +66,8 @@ def test_lists_as_others_write_them(tmp_path: Path) -> None:
         "  'h.png', 3",
         "gone.png",
     ]
-    for mark, end in (("", "\n"), ("\ufeff", "\r\n")):
-        (tmp_path / "list.txt").write_bytes((mark + end.join(lines)).encode())
+    for mark, end, encoding in (("", "\n", "utf-8"), ("\ufeff", "\r\n", "utf-8"), ("", "\r\n", "utf-16")):
+        (tmp_path / "list.txt").write_bytes((mark + end.join(lines)).encode(encoding))
         entries = sources.list_images(str(tmp_path / "list.txt"), None, 0)
         found = [entry.name for entry in entries if not entry.problem]
         assert found == ["a.png", "b 1.png", "d/c.png", "e#1.png", "f 0.png", "g.png", "h.png"]
@@ -80,3 +80,19 @@ def test_archives_are_named(tmp_path: Path) -> None:
     for name, told in (("images.zip", r"is an archive \(zip"), ("a.png", "is a single image")):
         with pytest.raises(UserError, match=told):
             sources.list_images(str(tmp_path / name), None, 0)
+
+
+def test_lists_of_homes_and_what_is_no_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_photo(tmp_path / "d" / "a.png")
+    (tmp_path / "list.txt").write_text("~/d/a.png\n")
+    assert [entry.problem for entry in sources.list_images(str(tmp_path / "list.txt"), None, 0)] == [""]
+    for text, told in (
+        ("version https://git-lfs.github.com/spec/v1\nsize 3\n", "is a Git LFS pointer"),
+        ("<!DOCTYPE html>\n404", "is a web page"),
+    ):
+        (tmp_path / "val.tar").write_text(text)
+        with pytest.raises(UserError, match=told):
+            sources.list_images(str(tmp_path / "val.tar"), None, 0)
+        with pytest.raises(UserError, match=told):
+            images.read_rgb(tmp_path / "val.tar")

@@ -279,7 +279,7 @@ def test_values_that_are_no_finite_numbers(tmp_path, tiny, value):
 
 @pytest.mark.parametrize(
     "content",
-    [torch.zeros(3), {"conv1.weight": 3}, {1: torch.zeros(3)}, {"a": {"b": torch.zeros(3)}}, [torch.zeros(2)]],
+    [torch.zeros(3), {"conv1.weight": 3}, {1: torch.zeros(3)}, {"a": {"b": torch.zeros(3)}, "c": 3}, [torch.zeros(2)]],
     ids=["tensor", "numbers", "no names", "nested", "list"],
 )
 def test_torch_files_that_are_no_state_dict(tmp_path, content):
@@ -519,14 +519,22 @@ def test_unknown_backbone():
         load_backbone("resnet")
 
 
-@pytest.mark.parametrize("nested", ["state_dict", "model", None])
-def test_weights_of_training_scripts(tmp_path, tiny, nested):
-    """Behind `module.`, as DataParallel leaves them, and among other things."""
-    state = {f"module.{name}": value for name, value in tiny.items()}
-    content = {nested: state, "epoch": 3} if nested else state
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.module.backbone."])
+@pytest.mark.parametrize("nested", [("state_dict",), ("model", "state_dict"), ("teacher",), ()])
+def test_weights_of_training_scripts(tmp_path, tiny, nested, prefix):
+    """Behind `module.`, as DataParallel leaves them, or the like, and among other things."""
+    content = {f"{prefix}{name}": value for name, value in tiny.items()}
+    for key in nested:
+        content = {key: content} | ({"epoch": 3} if key != "teacher" else {})
     assert equal(find_weights(TINY, save_torch(content, tmp_path / "w")).parameters, tiny)
+
+
+def test_files_without_weights_say_what_they_hold(tmp_path, tiny):
     message = refusal(TINY, save_torch({"epoch": 3, "optimizer": {}}, tmp_path / "w"))
     assert "holds epoch, optimizer, no state dict" in message
+    within = {}
+    within["model"] = within  # for ever
+    assert "holds model, no state dict" in refusal(TINY, save_torch(within, tmp_path / "w"))
 
 
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
