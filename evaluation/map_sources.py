@@ -7,7 +7,7 @@ of another size than its image is an error.
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -153,13 +153,14 @@ class Models:
     """The project's own maps: all readings of one CNN, of which every image needs one pass.
 
     Raw maps are kept in `cache`, under names that are hashes of everything that determines them, so that they are never
-    mistaken; `fresh` computes them anew.
+    mistaken; `fresh` computes them anew, once.
     """
 
     detector: Detector
     rows: dict[str, Row]
     cache: Path
     fresh: bool = False
+    made: set[Path] = field(default_factory=set)
 
     @property
     def facts(self) -> artefacts.Facts:
@@ -179,10 +180,12 @@ class Models:
         """Unnaturalness map (h-1, w-1) float64 of every row, from the cache where it is there."""
         digest = file_hash(path)
         files = {name: self._cache_file(name, path, digest) for name in self.rows}
-        found = {} if self.fresh else {name: kept for name, f in files.items() if (kept := _load(f)) is not None}
+        usable = {name: file for name, file in files.items() if not self.fresh or file in self.made}
+        found = {name: kept for name, file in usable.items() if (kept := _load(file)) is not None}
         if missing := [name for name in self.rows if name not in found]:
             for name, raw in self.detector.unnaturalness(rgb, missing).items():
                 array_files.write_array(files[name], raw)
+                self.made.add(files[name])
                 found[name] = raw
         return {name: found[name] for name in self.rows}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from models import naturalness, unnaturalness
 from models.backbones import Backbone, central_part
 from models.checkpoints import load_vlm
 from models.errors import UserError
+from models.projection import fold_deepest
 from models.vlm import DIRECTIONS, TRIVIAL_PREDICTORS, LayerModel, VisualLanguageModel, layer_map
 from models.weights.downloads import file_hash
 from pipeline import artefacts, networks
@@ -20,7 +22,7 @@ from pipeline.images import STORED_SIZE
 from pipeline.presets import DEFAULTS
 from pipeline.scaling import area_scale
 
-LANGUAGE_MODEL = "vlm"
+LANGUAGE_MODEL, FEATURE_CONTRAST = "vlm", "feature-contrast"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def _trivial(name: str) -> Callable[[Seen], Tensor]:
 PREDICTORS: dict[str, Callable[[Seen], Tensor]] = {
     LANGUAGE_MODEL: lambda seen: seen.model.unnaturalness_map(seen.projected),
     **{name.replace(" ", "-"): _trivial(name) for name in TRIVIAL_PREDICTORS},
-    "feature-contrast": lambda seen: unnaturalness.feature_contrast(seen.features),
+    FEATURE_CONTRAST: lambda seen: unnaturalness.feature_contrast(seen.features),
 }
 
 
@@ -126,6 +128,15 @@ class Detector:
         facts = {"backbone": name, **networks.weights_facts(backbone, weights)}
         return cls(networks.lay_out(backbone), facts, weights.source, by_name)
 
+    @cached_property
+    def _folded(self) -> tuple[Backbone, str | None]:
+        """The CNN with the projection of its deepest layer inside, and the layer, where nothing else reads it."""
+        read = self.readings.values()
+        alike = len({r.checkpoint.sha256 for r in read}) == 1 and all(r.predictor != FEATURE_CONTRAST for r in read)
+        if not alike:
+            return self.backbone, None
+        return fold_deepest(self.backbone, {r.layer: r.checkpoint.vlm.projections[r.layer] for r in read})
+
     def unnaturalness(self, rgb: np.ndarray, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """Map (h-1, w-1) float64 of an image (H, W, 3) uint8 for some readings (default: all), in one pass.
 
@@ -135,15 +146,17 @@ class Detector:
             UserError: the image is too small for a layer.
         """
         wanted = [self.readings[name] for name in (self.readings if names is None else names)]
-        features = unnaturalness.layer_features(self.backbone, rgb, dict.fromkeys(r.layer for r in wanted))
+        backbone, folded = self._folded
+        features = unnaturalness.layer_features(backbone, rgb, dict.fromkeys(r.layer for r in wanted))
         projected: dict[tuple[str, str], Tensor] = {}
         maps = {}
         with torch.no_grad():
             for reading in wanted:
                 vlm, key = reading.checkpoint.vlm, (reading.checkpoint.sha256, reading.layer)
+                found = features[reading.layer]
                 if key not in projected:
-                    projected[key] = vlm.projections[reading.layer](features[reading.layer])
-                seen = Seen(features[reading.layer], projected[key], vlm.layers[reading.layer])
+                    projected[key] = found if reading.layer == folded else vlm.projections[reading.layer](found)
+                seen = Seen(found, projected[key], vlm.layers[reading.layer])
                 raw = PREDICTORS[reading.predictor](seen)
                 maps[reading.name] = raw[0].cpu().double().numpy()
         return maps

@@ -17,7 +17,7 @@ from evaluation import fixation_metrics, score_fixations
 from evaluation.baselines import BASELINES, Baseline
 from evaluation.datasets import DATASETS, Dataset
 from evaluation.fixations import image_sizes, read_csv, read_fixations
-from models.backbones import ARCHITECTURES, random_parameters
+from models.backbones import ARCHITECTURES, Backbone, random_parameters
 from models.checkpoints import load_vlm
 from models.errors import UserError
 from models.unnaturalness import centred, layer_features, postprocess
@@ -286,16 +286,20 @@ def test_killed_evaluation_goes_on(
 
 
 def test_overwrite_starts_afresh(data: Path, workspace: Path, weights: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(score_fixations, "draw_examples", lambda *a: None)
-    same = options(data, tmp_path, "--vlm", workspace / "vlm.safetensors", "--weights", weights, "--limit", 2)
-    evaluate.main(same)
+    """All rows and pictures share one pass of each CNN over an image."""
+    vlm = ("--vlm", workspace / "vlm.safetensors", "--layer", "conv4", "conv5", "--weights", weights, "--limit", 2)
+    same = options(data, tmp_path, *vlm)
+    with monkeypatch.context() as patch:
+        patch.setattr(score_fixations, "draw_examples", lambda *a: None)
+        evaluate.main(same)
     (tmp_path / "summary.json").unlink()
-    computed = []
-    monkeypatch.setattr("models.unnaturalness.layer_features", lambda *a: computed.append(a) or layer_features(*a))
+    passes = []
+    forward = Backbone.forward
+    monkeypatch.setattr(Backbone, "forward", lambda *a: passes.append(sorted(a[2])) or forward(*a))
     evaluate.main(same)
-    assert not computed, "all maps were kept"
+    assert not passes, "all maps were kept"
     evaluate.main([*same, "--overwrite"])
-    assert len(computed) == 4, "the trained and the random CNN on both images"
+    assert passes == [["conv4", "conv5"]] * 4, "the trained and the random CNN on both images"
 
 
 def test_subset_of_the_images(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
