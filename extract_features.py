@@ -53,6 +53,7 @@ def collect_statistics(
 
     Args:
         images: (N, 256, 256, 3) uint8.
+        layers, others: names of taps.
         rows: of the images that are read, the training images.
         pca_positions: positions sampled of each layer, about; spread over all images, drawn from `seed`.
         state: file where progress is kept while this runs; one of other `facts` is ignored.

@@ -130,7 +130,7 @@ def write_rejected(out: Path, entries: list[Entry] | list[Crop], rejected: dict[
 
 
 def get_parser() -> options.Parser:
-    """Options of this stage."""
+    """Options; those without a default here take the preset's."""
     parser = options.stage_parser(__doc__)
     parser.inputs(
         "--source", nargs="+", help="folders, tars, tars of tars, list files, or 'samples' (paper: ILSVRC2012 val)"
@@ -144,7 +144,7 @@ def get_parser() -> options.Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the stage."""
+    """List the images of the sources, and prepare them unless that is finished."""
     args = options.parse_args(get_parser(), argv, "prepare_images")
     if args.source is None:
         raise UserError("--source is missing: give a folder, a tar, a list file, or 'samples'")

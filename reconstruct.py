@@ -82,11 +82,10 @@ def for_each(sources: "list[Source]", problems: list[str], work: Callable[["Sour
         try:
             work(source)
         except Exception as error:
-            line = program.explanation(error)
-            if line is None or len(sources) == 1 or isinstance(error, artefacts.NoRoomError):
+            if len(sources) == 1:
                 raise
+            print(f"reconstruct.py: {source.name}: {program.why_left_out(error)}", file=sys.stderr)
             failed += 1
-            print(f"reconstruct.py: {source.name}: {line}", file=sys.stderr)
     return 2 if failed else 0
 
 

@@ -122,7 +122,7 @@ def show_results(root: Path, image: Path, target: str, descent: str, lead: list[
 
 
 def get_parser() -> options.Parser:
-    """Options of this script."""
+    """Options; what is given goes to every stage that knows it."""
     parser = options.stage_parser(__doc__)
     parser.set_defaults(preset="demo")
     options.add_weights_options(parser)
@@ -146,7 +146,7 @@ def get_parser() -> options.Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the stages."""
+    """Run the chosen stages in order and show their results, or print the plan."""
     args = get_parser().parse_args(argv)
     args.root = args.root or Path("out") / args.preset
     chosen = STAGES[STAGES.index(args.first) : STAGES.index(args.last) + 1]

@@ -78,12 +78,12 @@ class Run:
 
     @property
     def saliency(self) -> Path:
-        """The saliency map."""
+        """Where stage 5 writes the saliency map."""
         return self.out / "saliency" / f"{output_name(self.image.stem)}.npy"
 
     @property
     def reconstructions(self) -> dict[str, Path]:
-        """Folders by title."""
+        """Where stage 4 writes each reconstruction, by its title on the page."""
         return {f"{self.target}, {title}": self.out / "reconstructions" / name for name, (title, _) in DESCENTS.items()}
 
 
@@ -96,7 +96,7 @@ def open_detector(run: Run, checkpoint: Path, *, control: str = "") -> "Detector
 
 
 def make_saliency(run: Run) -> None:
-    """The saliency map and its overlay."""
+    """The saliency map and its overlay; a UserError where stage 5 could not make them."""
     given = run.shared(max_side=run.max_side, vlm=SALIENCY, out=run.saliency.parent)
     if saliency.main([str(run.image), *given]):
         raise UserError(f"{run.image} gives no saliency map: see the line above")
@@ -187,16 +187,18 @@ def make_readme_pictures(run: Run, folder: Path, started: float) -> list[Path]:
 
 
 def get_parser() -> options.Parser:
-    """Options of this script."""
+    """Options; what is given goes to the stages that make the results."""
     parser = options.stage_parser(__doc__, workspace=False)
     options.add_weights_options(parser)
     options.add_image_options(parser)
     parser.inputs("image", metavar="IMAGE", nargs="?", type=options.readable_file, help="(default: a sample photo)")
     parser.output("--out", type=options.writable_folder, help="folder (default: out/pretrained)")
     parser.inputs("--figures", action="store_true", help="make all pictures of the README instead")
-    parser.model("--target", default="pool5", metavar="TAP", help="feature to invert (paper: fc8, of complete weights)")
+    parser.model(
+        "--target", default=Run.target, metavar="TAP", help="feature to invert (paper: fc8, of complete weights)"
+    )
     parser.descent("--iterations", type=options.positive, help="updates of each reconstruction (paper: 1000)")
-    parser.inputs("--max-side", type=options.positive, default=1024, help="shrink larger images for the maps")
+    parser.inputs("--max-side", type=options.positive, default=Run.max_side, help="shrink larger images for the maps")
     return parser
 
 

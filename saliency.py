@@ -94,7 +94,9 @@ def make_maps(
     with Progress(len(images), "saliency", "images") as progress:
         for name, done in overlapped(images, read, detect, write):
             if isinstance(done, Exception):
-                failed += report(images[name], done)
+                line, where = program.why_left_out(done), program.printable(str(images[name]))
+                print(f"saliency.py: {'' if where in line else f'{where}: '}{line}", file=sys.stderr)
+                failed += 1
             else:
                 progress.update(note=f"{name} {done}")
     return failed
@@ -142,15 +144,6 @@ def get_parser() -> options.Parser:
     options.add_postprocess_options(parser)
     parser.output("--out", type=options.writable_folder, help="folder (default: ROOT/saliency)")
     return parser
-
-
-def report(path: Path, error: Exception) -> int:
-    """Say on stderr what is wrong with a file; raise what is nobody's mistake. Returns 1."""
-    if isinstance(error, artefacts.NoRoomError) or (line := program.explanation(error)) is None:
-        raise error
-    where = program.printable(str(path))
-    print(f"saliency.py: {'' if where in line else f'{where}: '}{line}", file=sys.stderr)
-    return 1
 
 
 def main(argv: list[str] | None = None) -> int:

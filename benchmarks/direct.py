@@ -38,5 +38,5 @@ def direction_loss(p: Tensor, direction: str, model: DirectionalModel) -> Tensor
 
 
 def layer_loss(p: Tensor, models: Mapping[str, DirectionalModel]) -> Tensor:
-    """As `models.vlm.layer_loss`."""
+    """As `models.vlm.layer_loss`: the mean of the four directions, (N, D, H, W) -> a scalar."""
     return torch.stack([direction_loss(p, direction, models[direction]) for direction in DIRECTIONS]).mean()

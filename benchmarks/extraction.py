@@ -19,6 +19,7 @@ from benchmarks.timing import SEED, Figure, Report, Setup, ratio, seconds
 from models.backbones import ARCHITECTURES, Backbone
 from pipeline import artefacts
 from pipeline.features import FeatureFiles, feature_facts
+from pipeline.networks import lay_out
 from pipeline.views import Views, network_batches
 
 POSITIONS = 3  # per image for PCA, as with 50,000 images
@@ -49,9 +50,8 @@ class Work:
     def __init__(self, case: Case, setup: Setup):
         architecture = ARCHITECTURES[case.name]
         loaded, self.backbone = (make_backbone(case.name, "pool5", setup) for _ in range(2))
-        self.case, self.setup, self.loaded = case, setup, loaded
-        if setup.device.type == "cpu":
-            self.backbone.to(memory_format=torch.channels_last)
+        self.case, self.loaded = case, loaded
+        self.backbone = lay_out(self.backbone)
         shape = (case.images, 256, 256, 3)
         self.images = np.random.default_rng(SEED).integers(0, 256, shape, dtype=np.uint8)
         self.rows = np.arange(case.images)
@@ -65,13 +65,13 @@ class Work:
         self.folder.mkdir()
 
     def forward(self, backbone: Backbone) -> None:
-        """The bare network."""
+        """The bare network, to the deepest layer, over all batches."""
         with torch.no_grad():
             for x in self.batches:
                 backbone(x, list(self.case.layers))
 
     def statistics(self) -> None:
-        """Pass 1."""
+        """Pass 1: moments of all taps, samples for PCA."""
         extract_features.collect_statistics(
             self.images,
             self.backbone,
@@ -94,7 +94,7 @@ class Work:
         return {layer: {**f, "dtype": "float32"} for layer, f in facts.items()}
 
     def features(self) -> None:
-        """Pass 2, to files."""
+        """Pass 2: project every layer and write it to files."""
         with contextlib.redirect_stdout(io.StringIO()):
             extract_features.write_features(
                 self.images,
@@ -144,5 +144,4 @@ def measure_case(case: Case, setup: Setup) -> Report:
 
 def measure(setup: Setup) -> Report:
     """Both passes with every backbone of the cases."""
-    reports = [measure_case(case, setup) for case in (QUICK_CASES if setup.quick else CASES)]
-    return Report([f for r in reports for f in r.figures], {k: v for r in reports for k, v in r.facts.items()})
+    return Report.joined([measure_case(case, setup) for case in (QUICK_CASES if setup.quick else CASES)])

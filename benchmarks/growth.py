@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks import updates
 from benchmarks.random_networks import make_backbone, make_projection
-from benchmarks.timing import SEED, Figure, Report, Setup, exponent, seconds
+from benchmarks.timing import SEED, Figure, Report, Setup, exponent, milliseconds, seconds
 from models.training import update as update_models
 from models.unnaturalness import layer_features
 from models.vlm import VisualLanguageModel
@@ -28,7 +28,7 @@ def fit(what: str, sizes: Mapping[float, float], functions: Mapping[float, Calla
     took = seconds({str(size): function for size, function in functions.items()}, setup)
     rounds = [[took[str(size)][turn] for size in sizes] for turn in range(setup.repeats)]
     arithmetic = exponent(list(sizes), list(sizes.values()))
-    times = ", ".join(f"{size:g}: {1e3 * float(np.median(took[str(size)])):.3g} ms" for size in sizes)
+    times = ", ".join(f"{size:g}: {milliseconds(took[str(size)])}" for size in sizes)
     figure = Figure(
         f"exponent of {what}",
         tuple(exponent(list(sizes), values) for values in rounds),
@@ -96,5 +96,4 @@ def update(setup: Setup) -> list[Report]:
 
 def measure(setup: Setup) -> Report:
     """Exponents of maps in the image's area, of an update in batch, grid and components."""
-    reports = [*saliency(setup), *update(setup)]
-    return Report([f for r in reports for f in r.figures], {k: v for r in reports for k, v in r.facts.items()})
+    return Report.joined([*saliency(setup), *update(setup)])

@@ -4,8 +4,6 @@ As a module it is one training run that says how much memory it came to hold: `p
 those of train_vlm.py.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,14 +11,13 @@ import numpy as np
 import torch
 
 import train_vlm
-from benchmarks.timing import SEED, Figure, Report, Setup, ratio, seconds
+from benchmarks.timing import SEED, Figure, Report, Setup, milliseconds, ratio, run_python, seconds
 from benchmarks.updates import make_models, optimizer_of
 from models import training
 from models.weights.downloads import file_hash
 from pipeline import array_files, artefacts
 from pipeline.features import open_features, read_batch
 
-ROOT = Path(__file__).parent.parent
 LAYER = "conv5"
 GROWTH = 10  # times the images
 SAID = "resident bytes: "
@@ -58,7 +55,7 @@ def measure_speed(setup: Setup) -> Figure:
 
     stored = np.array(mapped)
     took = seconds({"mapped": lambda: update(mapped), "in memory": lambda: update(stored)}, setup)
-    note = f"{1e3 * float(np.median(took['mapped'])):.3g} ms per update from the map, the file in the system's cache"
+    note = f"{milliseconds(took['mapped'])} per update from the map, the file in the system's cache"
     return Figure(
         "updates: features mapped / in memory", ratio(took["in memory"], took["mapped"]), "%", 0.95, note=note
     )
@@ -69,17 +66,8 @@ def resident(root: Path, setup: Setup) -> int:
     updates, batch = (4, 64) if setup.quick else (60, 256)
     options = ["--root", str(root), "--iterations", str(updates), "--batch-size", str(batch), "--log-every", "1000000"]
     options += ["--checkpoint-every", "1000000", "--learning-rate", "1e-3", "--held-out", "0", "--device", "cpu"]
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", *options],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": str(setup.threads)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode:
-        raise RuntimeError(result.stderr)
-    return int(result.stdout.rpartition(SAID)[2])
+    _, printed = run_python(["-m", "benchmarks.memory", *options], setup)
+    return int(printed.rpartition(SAID)[2])
 
 
 def measure_growth(setup: Setup) -> Figure:
@@ -97,7 +85,7 @@ def measure_growth(setup: Setup) -> Figure:
 
 
 def measure(setup: Setup) -> Report:
-    """Both."""
+    """Speed of training from the map, and how memory grows with the images."""
     return Report([measure_speed(setup), measure_growth(setup)])
 
 

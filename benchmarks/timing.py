@@ -1,8 +1,11 @@
 """What the benchmarks share: interleaved timing, figures with goals, the machine's matrix product, growth rates."""
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 import torch
 
 SEED = 0
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Figure:
 
     @property
     def median(self) -> float:
-        """Of the rounds."""
+        """The median of the rounds, in `unit`."""
         return float(np.median(self.values))
 
     @property
@@ -50,10 +54,9 @@ class Figure:
         return self.median <= self.goal if self.at_most else self.median >= self.goal
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, as plain values."""
-        spread = {"median": self.median, "min": min(self.values), "max": max(self.values), "values": list(self.values)}
-        goal = {"goal": self.goal, "at_most": self.at_most, "met": self.met}
-        return {"name": self.name, "unit": self.unit, **spread, **goal, "note": self.note}
+        """All fields and what follows from them, as JSON values."""
+        spread = {"median": self.median, "min": min(self.values), "max": max(self.values)}
+        return {**asdict(self), **spread, "met": self.met}
 
     def as_cells(self) -> list[str]:
         """Cells of the table: name, median, min, max, goal, met or missed, note."""
@@ -73,6 +76,11 @@ class Report:
 
     figures: list[Figure] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, reports: "Sequence[Report]") -> "Report":
+        """All figures, in order, and all facts."""
+        return cls([f for r in reports for f in r.figures], {key: v for r in reports for key, v in r.facts.items()})
 
 
 def seconds(
@@ -97,13 +105,29 @@ def seconds(
     return {name: np.array(values[1:]) for name, values in taken.items()}
 
 
+def milliseconds(values: np.ndarray) -> str:
+    """The median of seconds, for a note."""
+    return f"{1e3 * float(np.median(values)):.3g} ms"
+
+
+def run_python(arguments: Sequence[str], setup: Setup) -> tuple[float, str]:
+    """Seconds of a Python process of its own, started in the project's folder, and what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(setup.threads)}
+    began = time.perf_counter()
+    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    took = time.perf_counter() - began
+    if result.returncode:
+        raise RuntimeError(result.stderr)
+    return took, result.stdout
+
+
 def _wait(setup: Setup) -> None:
     if setup.device.type != "cpu":
         getattr(torch, setup.device.type).synchronize()
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, ...]:
-    """Round by round."""
+    """Quotients of two functions' seconds (R,), round by round."""
     return tuple((above / below).tolist())
 
 

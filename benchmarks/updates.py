@@ -3,11 +3,12 @@
 import copy
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks import direct
-from benchmarks.timing import SEED, Figure, MatrixProduct, Report, Setup, ratio, seconds
+from benchmarks.timing import SEED, Figure, MatrixProduct, Report, Setup, milliseconds, ratio, seconds
 from models import training
 from models.backbones import ARCHITECTURES
 from models.descent import MomentumSGD
@@ -80,7 +81,7 @@ def update_by(
 
 
 def optimizer_of(models: Mapping[str, LayerModel]) -> MomentumSGD:
-    """As a training run makes it."""
+    """Momentum SGD over all trained parameters, as a training run makes it."""
     trained = [p for model in models.values() for p in model.parameters() if p.requires_grad]
     return MomentumSGD(trained, lr=0.1, momentum=0.9)
 
@@ -124,9 +125,9 @@ def measure_sizes(
     took = seconds({**updates, "sgemm": product}, setup)
     speed, top = flops(sizes, batch) / took["ours"] / 1e9, product.flops / took["sgemm"] / 1e9
     share = flops(sizes, batch, strict=True) / flops(sizes, batch)
-    median = {name: f"{1e3 * sorted(values)[len(values) // 2]:.3g} ms" for name, values in took.items()}
+    median = {name: milliseconds(values) for name, values in took.items()}
     note = f"batch {batch}; update {median['ours']}, direct loop {median['direct']}, nn.LSTM {median['nn.LSTM']}"
-    told = f"{sorted(speed)[len(speed) // 2]:.3g} GFLOP/s; by the strict count {share:.2f} of this"
+    told = f"{float(np.median(speed)):.3g} GFLOP/s; by the strict count {share:.2f} of this"
     figures = [
         Figure(f"{what}: share of sgemm peak", ratio(speed, top), "%", peak, note=told),
         Figure(f"{what}: direct loop / update", ratio(took["direct"], took["ours"]), goal=times_direct, note=note),
@@ -145,4 +146,4 @@ def measure(setup: Setup) -> Report:
         sizes = QUICK_SIZES
     one = measure_sizes("conv5", {"conv5": sizes["conv5"]}, setup, times_direct=1.6, peak=0.65)
     all_layers = measure_sizes(f"{len(sizes)} layers", sizes, setup, times_direct=3.0, peak=None)
-    return Report(one.figures + all_layers.figures, one.facts | all_layers.facts)
+    return Report.joined([one, all_layers])

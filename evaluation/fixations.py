@@ -103,7 +103,7 @@ def read_fixations(path: Path, stimuli: Mapping[str, tuple[int, int]]) -> Fixati
         UserError: as the four readers, or another kind of file.
     """
     if path.is_dir():
-        return read_mit1003(path, stimuli)
+        return _collect(path, _mit1003_rows(path, stimuli), stimuli)
     if path.suffix.lower() in TABLES:
         return read_csv(path, stimuli)
     if path.suffix.lower() != ".mat":
@@ -218,20 +218,13 @@ def _toronto_rows(path: Path, maps: Any, stimuli: Mapping[str, tuple[int, int]])
             yield str(number), UNKNOWN_SUBJECT, float(column), float(row)
 
 
-def read_mit1003(folder: Path, stimuli: Mapping[str, tuple[int, int]]) -> Fixations:
+def _mit1003_rows(folder: Path, stimuli: Mapping[str, tuple[int, int]]) -> Iterator[Row]:
     """Fixations of MIT1003 (Judd et al., ICCV 2009) from its raw gaze, the unpacked `DATA.zip`.
 
     `<subject>/<image>.mat` holds a variable called as the image (its first 63 letters) with the field `DATA` and in
     that `eyeData` (T, 2 or more): x and y of every sample. People are numbered in the order of their folders' names.
     The first fixation of each trial, on the cross shown before, is left out, as its authors do.
-
-    Raises:
-        UserError: no such folder, none of the images in it, or a file that is damaged or built otherwise.
     """
-    return _collect(folder, _mit1003_rows(folder, stimuli), stimuli)
-
-
-def _mit1003_rows(folder: Path, stimuli: Mapping[str, tuple[int, int]]) -> Iterator[Row]:
     people = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "_")))
     for number, person in enumerate(people):
         for name in stimuli:

@@ -16,7 +16,7 @@ JOURNAL = "scores.partial"
 
 
 def text_sha256(text: str) -> str:
-    """Hash of a text."""
+    """sha256 of a text in UTF-8, as hex digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -124,7 +124,9 @@ def write_results(
     """scores.csv, table.md, the pictures, which are drawn now, summary.json and last its sidecar; says so.
 
     Args:
-        what: the pictures, and of how many images.
+        scores, table, summary: contents of scores.csv, table.md and summary.json.
+        pictures: draws them into `out`.
+        what: the pictures, and of how many images, for the last line.
     """
     artefacts.write_text(out / "scores.csv", scores)
     artefacts.write_text(out / "table.md", table)

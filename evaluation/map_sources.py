@@ -61,7 +61,7 @@ class Baselines:
         self.facts = {"baselines": list(self.rows)}
 
     def maps(self, path: Path, rgb: np.ndarray) -> Maps:
-        """The map of every row."""
+        """The map (H, W) of every baseline; the file itself is not read."""
         return {name: BASELINES[name].make(rgb) for name in self.rows}
 
 
@@ -107,7 +107,7 @@ class Folder:
         return values
 
     def maps(self, path: Path, rgb: np.ndarray) -> Maps:
-        """The map of the folder."""
+        """The folder's map (H, W) of the image; a UserError where it holds NaN or infinities."""
         values = np.array(self._read(path))
         if not np.isfinite(values).all():
             raise UserError(f"{self.files[path]} holds NaN or infinities: save finite numbers")
@@ -172,7 +172,7 @@ class Models:
         return {**self.detector.facts, "rows": rows}
 
     def maps(self, path: Path, rgb: np.ndarray) -> Maps:
-        """Saliency map of every row."""
+        """Saliency map (H, W) of every row, post-processed as its reading says."""
         raws = self.raw_maps(path, rgb)
         return {name: self.detector.saliency(name, raw, *rgb.shape[:2]) for name, raw in raws.items()}
 
@@ -218,7 +218,7 @@ class Added:
         self.rows |= {name: Row("control", "the same of their controls") for name in controls}
 
     def maps(self, path: Path, rgb: np.ndarray) -> Maps:
-        """The maps of all parts and the sums."""
+        """The maps (H, W) of all parts, and their sums scaled to 0…1."""
         found = {name: values for part in self.parts for name, values in part.maps(path, rgb).items()}
         return found | {name: added(found[part] for part in parts) for name, parts in self.sums.items()}
 

@@ -17,11 +17,6 @@ def higher(copy: float, original: float) -> float:
     return math.nan if math.isnan(copy) else float(np.heaviside(copy - original, 0.5))
 
 
-def wins(copies: np.ndarray, originals: np.ndarray) -> np.ndarray:
-    """(N, M): 1 where copy n has a higher loss than original m, ½ for a tie. Its mean is the AUC over images."""
-    return np.heaviside(np.subtract.outer(copies, originals), 0.5)
-
-
 def auc_with_interval(
     copies: np.ndarray, originals: np.ndarray, *, confidence: float, resamples: int, seed: int
 ) -> tuple[float, float, float]:
@@ -34,7 +29,7 @@ def auc_with_interval(
     count = len(copies)
     if not count:
         return math.nan, math.nan, math.nan
-    table = wins(copies, originals)
+    table = np.heaviside(np.subtract.outer(copies, originals), 0.5)  # (N, N): copy n against original m
     if count < 2:
         return float(table.mean()), math.nan, math.nan
     own = np.diag(table)

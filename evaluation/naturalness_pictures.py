@@ -39,7 +39,7 @@ class Item:
 
 
 def stored_pictures(path: Path, names: Sequence[str]) -> list[Picture]:
-    """The images of stage 1 that some names are of."""
+    """The images of stage 1 in `path` that are called so; a UserError where a name is of none, or of several."""
     images, facts = open_stored(path)
 
     def picture(row: int) -> Picture:

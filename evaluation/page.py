@@ -26,7 +26,7 @@ def write_page(out: Path, command: str) -> None:
 
 
 def report(out: Path, command: str) -> Report:
-    """What the page shows."""
+    """What the page of a command shows, read from the files in `out`."""
     notes, tables, meanings = parse_tables((out / "table.md").read_text(encoding="utf-8"))
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     pictures = [

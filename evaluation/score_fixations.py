@@ -57,7 +57,7 @@ def evaluate(
     numbers = {image.name: number for number, image in enumerate(looks.images)}
 
     def score(name: str) -> Scores:
-        """Of an image by all sources."""
+        """Scores of one image by all rows of all sources."""
         image = looks.images[numbers[name]]
         rgb = read_rgb(image)
         maps = {row: values for source in sources for row, values in source.maps(image, rgb).items()}

@@ -30,14 +30,14 @@ OF_THE_IMAGE = ("input", "input_sha256", "best_restart", "losses", "shape", "dty
 
 @dataclass(frozen=True)
 class Result:
-    """A finished reconstruction."""
+    """A finished reconstruction: its folder, and what its sidecar says."""
 
     folder: Path
     facts: artefacts.Facts
 
     @property
     def image(self) -> str:
-        """Which image was inverted."""
+        """The image that was inverted: its name and sha256, which tell it from others."""
         return f"{self.facts['input']} {self.facts['input_sha256']}"
 
     @property
@@ -197,11 +197,11 @@ class Judge:
 
     @property
     def metrics(self) -> dict[str, Callable[[Comparison], float]]:
-        """The scores by name."""
+        """The scores by name; those of a classifier only where there is one."""
         return METRICS | (CLASSIFIER_METRICS if self.classifier else {})
 
     def score(self, pictures: dict[str, np.ndarray], original: np.ndarray) -> dict[str, dict[str, float]]:
-        """Scores by picture (H, W, 3) in 0-255."""
+        """Scores by picture and metric, of pictures (H, W, 3) in 0-255 beside their original (H, W, 3)."""
         stack = np.stack([original, *pictures.values()]).astype(np.float32)  # (1 + P, H, W, 3)
         x = torch.from_numpy(stack).permute(0, 3, 1, 2).to(self.backbone.device)  # (1 + P, 3, H, W)
         with torch.no_grad():

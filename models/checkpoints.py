@@ -281,12 +281,12 @@ def read_state(path: Path, types: Mapping[str, type]) -> tuple[dict[str, Tensor]
     return tensors, noted
 
 
-def check_state(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise a UserError if a state does not consist of exactly the tensors of `shapes`."""
-    for name in sorted(shapes.keys() | tensors.keys()):
-        found = tuple(tensors[name].shape) if name in tensors else None
-        if found != shapes.get(name):
-            raise UserError(f"{path}: tensor {name!r:.80} should be {shapes.get(name)}, found {found}: {AFRESH}")
+def check_state(path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise a UserError if a state's tensors are not called as one's `own`, or are of other shapes."""
+    for name in sorted(own.keys() | tensors.keys()):
+        expected, found = (tuple(of[name].shape) if name in of else None for of in (own, tensors))
+        if found != expected:
+            raise UserError(f"{path}: tensor {name!r:.80} should be {expected}, found {found}: {AFRESH}")
 
 
 def merge_layers(first: Mapping[str, Tensor], second: Mapping[str, Tensor], layers: list[str]) -> dict[str, Tensor]:

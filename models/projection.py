@@ -148,7 +148,7 @@ class Projection(nn.Module):
         return (x - self.mean[:, None, None]) / self.std[:, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) raw features -> (N, D, H, W)."""
+        """(N, C, H, W) raw features -> (N, D, H, W), by the formula of the class."""
         centred = self.standardise(x) - self.pca_mean[:, None, None]
         return F.conv2d(centred, self.components[:, :, None, None])
 

@@ -44,7 +44,7 @@ class Reduction:
     """How the processes of a training add up their shares of an update. This one is alone: there is nothing to add."""
 
     def start(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Begin to sum the gradients of some parameters."""
+        """Begin to sum the gradients of some parameters; they are sums once `finish` returns."""
 
     def finish(self, losses: Tensor) -> Tensor:
         """Wait until all gradients are sums; returns the sum of the losses."""

@@ -95,7 +95,8 @@ def postprocess_original(
     rows, columns = (stride, stride) if isinstance(stride, int) else stride
     size = (small.shape[1] * columns, small.shape[0] * rows)
     enlarged = np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BILINEAR))
-    blurred = blur_to_image(pad_to(enlarged, height, width).astype(np.float64), blur)
+    values = pad_to(enlarged, height, width).astype(np.float64)
+    blurred = gaussian_filter(values, (blur * height, blur * width)) if blur else values
     return (to_unit(blurred) * 255).astype(np.uint8)
 
 
@@ -132,12 +133,6 @@ def pad_to(enlarged: np.ndarray, height: int, width: int) -> np.ndarray:
         else:
             enlarged = enlarged.take(range(before, before + size), axis=axis)
     return enlarged
-
-
-def blur_to_image(values: np.ndarray, blur: float) -> np.ndarray:
-    """Gaussian blur with a standard deviation of `blur` × height on rows and `blur` × width on columns."""
-    height, width = values.shape
-    return gaussian_filter(values, (blur * height, blur * width)) if blur else values
 
 
 def to_unit(values: np.ndarray) -> np.ndarray:

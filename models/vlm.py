@@ -84,11 +84,6 @@ def repeat_last(seen: Tensor) -> Tensor:
     return seen
 
 
-def directions_of(turn: int | None, place: int) -> tuple[str, ...]:
-    """All directions, or the one whose turn it is in the layer at a place; layers are out of step with each other."""
-    return DIRECTIONS if turn is None else (DIRECTIONS[(turn + place) % len(DIRECTIONS)],)
-
-
 TRIVIAL_PREDICTORS: dict[str, Predictor] = {"predict nothing": predict_nothing, "repeat last": repeat_last}
 
 
@@ -134,7 +129,7 @@ def layer_map(p: Tensor, predictors: Mapping[str, Predictor]) -> Tensor:
 
 
 def trivial_losses(p: Tensor) -> dict[str, float]:
-    """Losses of the two trivial predictors; a trained model must be below both."""
+    """Losses of the two trivial predictors on projected features (N, D, H, W); a trained model must be below both."""
     return {
         name: float(layer_loss(p, dict.fromkeys(DIRECTIONS, predictor)))
         for name, predictor in TRIVIAL_PREDICTORS.items()
@@ -323,9 +318,11 @@ class VisualLanguageModel(nn.Module):
         """Loss by layer on projected feature maps (N, D, H, W); their mean is the paper's loss.
 
         Args:
-            turn: look along one direction of each layer only, another at every turn; None for all four.
+            turn: look along one direction of each layer only, another at every turn; None for all four. Layers are
+                out of step with each other.
         """
-        return {
-            name: self.layers[name].loss(p, directions_of(turn, place))
-            for place, (name, p) in enumerate(projected.items())
-        }
+        losses = {}
+        for place, (name, p) in enumerate(projected.items()):
+            looked = DIRECTIONS if turn is None else (DIRECTIONS[(turn + place) % len(DIRECTIONS)],)
+            losses[name] = self.layers[name].loss(p, looked)
+        return losses

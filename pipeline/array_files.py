@@ -37,7 +37,7 @@ ROWS_AT_ONCE = 16
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Write a `.npy` file atomically."""
+    """Write an array as a `.npy` file, atomically; a NoRoomError where the disk is full."""
     with atomic_path(path, array.nbytes) as temporary, temporary.open("wb") as file:
         np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
 
@@ -243,7 +243,7 @@ def reserve(path: Path, size: int) -> None:
 
 
 def hash_rows(array: np.ndarray) -> str:
-    """sha256 of an array's rows, in order."""
+    """sha256 of an array's rows, in order, as hex digits."""
     digest = hashlib.sha256()
     for row in array:
         digest.update(np.ascontiguousarray(row).data)

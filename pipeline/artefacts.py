@@ -104,7 +104,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically, as `encoded`; a NoRoomError where the disk is full."""
     write_bytes(path, encoded(text))
 
 
@@ -128,7 +128,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically."""
+    """Write a file atomically; a NoRoomError where the disk is full."""
     with atomic_path(path, len(content)) as temporary:
         temporary.write_bytes(content)
 
@@ -160,7 +160,7 @@ def rank_path(path: Path) -> Path:
 
 
 def sidecar_path(artefact: Path) -> Path:
-    """Where the facts of an artefact stand."""
+    """Where the facts of an artefact stand: x.npy -> x.npy.json."""
     return artefact.with_name(artefact.name + ".json")
 
 

@@ -91,7 +91,7 @@ class Features:
 
     @property
     def dtype(self) -> str:
-        """Of the stored values."""
+        """Of the stored values: float32 or float16."""
         return str(next(iter(self.stored.values())).dtype)
 
     def facts(self) -> artefacts.Facts:

@@ -31,7 +31,7 @@ from pipeline.scaling import area_scale
 STORED_SIZE = 256  # side of the training images (paper's code)
 MOST_BYTES = 1 << 30  # of an image file, more than any within Pillow's limit of pixels needs
 LARGE = 20_000_000  # pixels from which on images are decoded one after the other, however many threads there are
-PNG_LEVEL = 1  # of zlib: Pillow's 6 takes five times as long for some per cent of the bytes
+PNG_LEVEL = 1  # of zlib, for speed
 LONGEST_NAME = 200  # bytes of an output's name: file systems allow 255, and suffixes follow
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # here, since doing so around each call is not safe with threads

@@ -113,7 +113,7 @@ PRESETS: dict[str, dict[str, Stage]] = {
         train_vlm={
             "iterations": Setting(50, OURS),
             "batch_size": Setting(8, OURS),
-            # it goes on from trained weights, of which 60 leaves little: conv1's loss rose from 0.48 to 1.25 (of 1.32)
+            # it goes on from trained weights, of which a larger rate leaves little (docs/RESULTS.md)
             "joint_learning_rate": Setting(6.0, OURS),
             "checkpoint_every": Setting(25, OURS),
         },

@@ -14,6 +14,7 @@ from typing import Any
 
 from models.errors import UserError
 from pipeline import distributed, parsers, streams
+from pipeline.artefacts import NoRoomError
 from pipeline.paths import utf8_name
 from pipeline.progress import Terminated, endings
 
@@ -96,6 +97,13 @@ def explanation(error: Exception) -> str | None:
     if isinstance(error, MemoryError | RuntimeError) and lacks_memory(error):
         return LACKS_MEMORY
     return None
+
+
+def why_left_out(error: Exception) -> str:
+    """Why one of several inputs is left out, in a line; raises what stops all of them: a bug, a full disk."""
+    if isinstance(error, NoRoomError) or (line := explanation(error)) is None:
+        raise error
+    return line
 
 
 def one_line(text: str) -> str:

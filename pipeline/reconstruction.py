@@ -124,7 +124,7 @@ def choose_descent(
 
 
 def taps_measured(objective: Objective, descent: Descent) -> list[str]:
-    """Taps whose mean and std are needed."""
+    """Taps whose mean and std the descent's start and the feature's error need."""
     relative = REGULARIZERS[objective.regularizer].relative
     return [*(["data"] if descent.start == "data" else []), *([] if relative else [objective.target])]
 
@@ -179,7 +179,7 @@ class Task:
         return descent.image(pixels, self.backbone.architecture.bgr)
 
     def optimizer(self, image: Image) -> MomentumSGD:
-        """What moves an image's parameters."""
+        """The descent's optimiser over an image's parameters, at the first rate."""
         kind = OPTIMIZERS[self.descent.optimizer]
         return kind(image.parameters, self.schedule.learning_rate, self.descent.momentum)
 
@@ -241,7 +241,7 @@ class Restart:
         found, noted = read_state(self.state, {"facts": dict, "curves": list})
         if noted["facts"] != json.loads(json.dumps(self.facts)):
             return
-        check_state(self.state, found, {name: tuple(value.shape) for name, value in self.tensors().items()})
+        check_state(self.state, found, self.tensors())
         if not are_curves(noted["curves"], self.facts["iterations"]):
             raise UserError(f"{self.state} holds damaged curves: {AFRESH}")
         with torch.no_grad():
@@ -257,22 +257,12 @@ class Restart:
             write_tensors(temporary, self.tensors(), {"facts": self.facts, "curves": self.curves})
 
     def rgb(self) -> np.ndarray:
-        """The image so far, (H, W, 3) float32 in 0-255."""
-        return to_rgb(self.backbone, self.image())
+        """The image so far, (H, W, 3) float32 RGB, clipped to 0-255."""
+        return self.backbone.to_rgb(self.image().detach())[0].permute(1, 2, 0).cpu().numpy()
 
     def picture(self) -> np.ndarray:
-        """The image so far, (H, W, 3) uint8."""
-        return to_picture(self.backbone, self.image())
-
-
-def to_rgb(backbone: Backbone, pixels: Tensor) -> np.ndarray:
-    """Mean-subtracted pixels (1, 3, H, W) -> (H, W, 3) float32 RGB, clipped to 0-255."""
-    return backbone.to_rgb(pixels.detach())[0].permute(1, 2, 0).cpu().numpy()
-
-
-def to_picture(backbone: Backbone, pixels: Tensor) -> np.ndarray:
-    """Mean-subtracted pixels (1, 3, H, W) -> (H, W, 3) uint8 RGB, clipped and truncated as in the original."""
-    return to_rgb(backbone, pixels).astype(np.uint8)
+        """The image so far, (H, W, 3) uint8 RGB, truncated as in the original."""
+        return self.rgb().astype(np.uint8)
 
 
 def are_curves(curves: list, most: int) -> bool:
@@ -298,7 +288,7 @@ def write_curves(folder: Path, restarts: list[Restart]) -> None:
 
 
 def best_of(restarts: list[Restart]) -> Restart:
-    """The restart that ended, or stands, lowest."""
+    """The restart whose objective, at its last update, is lowest."""
     return min(restarts, key=lambda r: r.curves[-1]["total"])
 
 

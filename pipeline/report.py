@@ -146,7 +146,7 @@ def _environment() -> Environment:
 
 
 def render(report: Report) -> str:
-    """The page's HTML."""
+    """The page's HTML, everything inside it."""
     environment, pictures = _environment(), _pictures(report)
     style = environment.get_template("report.css.jinja").render(stops=_stops())
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")

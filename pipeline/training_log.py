@@ -56,7 +56,7 @@ COLUMNS = tuple(field.name for field in fields(LogLine))
 
 
 def rounded(value: float) -> float:
-    """To the six digits that a log shows."""
+    """A number to the six significant digits that a log keeps."""
     return float(f"{value:.6g}")
 
 

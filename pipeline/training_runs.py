@@ -101,6 +101,10 @@ class Run:
         """Whether all updates are made."""
         return self.iteration >= self.facts.iterations
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that the updates change, by name; these very tensors."""
+        return {f"parameter.{i}": p for i, p in enumerate(self.optimizer.parameters)} | self.optimizer.state()
+
     def resume(self, overwrite: bool) -> None:
         """Take up the state that an earlier run of the same facts left; with `overwrite` it is removed.
 
@@ -110,9 +114,8 @@ class Run:
         if found := distributed.first(lambda: self._read_state(overwrite)):
             tensors, self.iteration, self.log, self.losses, self.quantiles = found
             with torch.no_grad():
-                for i, (p, v) in enumerate(zip(self.optimizer.parameters, self.optimizer.velocities, strict=True)):
-                    p.copy_(tensors[f"parameter.{i}"])
-                    v.copy_(tensors[f"velocity.{i}"])
+                for name, value in self.tensors().items():
+                    value.copy_(tensors[name])
         self.line_time, self.line_iteration = time.monotonic(), self.iteration
 
     def _read_state(self, overwrite: bool) -> tuple[dict[str, torch.Tensor], int, list, dict, dict] | None:
@@ -139,10 +142,7 @@ class Run:
             raise UserError(
                 f"{self.state} was made otherwise ({'; '.join(changed)}): use --overwrite or another --root"
             )
-        shapes = [tuple(p.shape) for p in self.optimizer.parameters]
-        check_state(
-            self.state, tensors, {f"{kind}.{i}": s for i, s in enumerate(shapes) for kind in ("parameter", "velocity")}
-        )
+        check_state(self.state, tensors, self.tensors())
         return tensors, done, log, losses, quantiles
 
     def _inputs(self) -> artefacts.Facts:
@@ -216,11 +216,9 @@ class Run:
         distributed.first(self._save)
 
     def _save(self) -> None:
-        tensors = {f"parameter.{i}": p for i, p in enumerate(self.optimizer.parameters)}
-        tensors |= {f"velocity.{i}": v for i, v in enumerate(self.optimizer.velocities)}
         noted = {"facts": {**self.facts.as_json(), **self._inputs()}, "iteration": self.iteration}
         noted |= {"log": [list(astuple(line)) for line in self.log], "losses": self.losses, "quantiles": self.quantiles}
-        artefacts.write_tensors(self.state, tensors, noted)
+        artefacts.write_tensors(self.state, self.tensors(), noted)
         self.merge()
 
     def merge(self) -> None:
