@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from evaluation.baselines import BASELINES
 from evaluation.datasets import DATASETS
 from evaluation.spoiling import SPOILINGS
+from models.errors import UserError
 from pipeline import distributed, locks, options, program
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def fixations(args: argparse.Namespace, device: "torch.device") -> None:
 
     def open_sources() -> list[map_sources.Source]:
         """What the options name, the checkpoints that ship where they name nothing."""
-        sources = map_sources.folders(args.maps, looks.images, looks.fixations.sizes)
+        sizes = dict(zip(looks.images, map(tuple, looks.fixations.sizes.tolist()), strict=True))
+        sources = [map_sources.Folder(folder.resolve().name, folder, sizes) for folder in args.maps]
         if checkpoints := args.vlm or ([] if args.maps or args.baseline else networks.shipped_checkpoints()):
             count = len(checkpoints)
             found = map_sources.model_sources(
@@ -95,7 +97,9 @@ def fixations(args: argparse.Namespace, device: "torch.device") -> None:
             )
             sources += [map_sources.Added(found)] if args.add else found
         sources.append(map_sources.Baselines(args.baseline))
-        map_sources.check_names(sources)
+        names = [name for source in sources for name in source.rows]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"two models would be called {twice[0]!r}: rename one folder of maps")
         return sources
 
     stated = {key: getattr(args, key) for key in ("power", "blur", "postprocess", "seed")}

@@ -135,12 +135,6 @@ def _find_maps(folder: Path, images: Sequence[Path]) -> dict[Path, Path]:
     return found
 
 
-def folders(given: Sequence[Path], images: Sequence[Path], sizes: np.ndarray) -> list[Source]:
-    """A source for every folder of maps; sizes (N, 2) are the images' heights and widths."""
-    by_image = {image: (int(h), int(w)) for image, (h, w) in zip(images, sizes, strict=True)}
-    return [Folder(folder.resolve().name, folder, by_image) for folder in given]
-
-
 def _read_grey(path: Path) -> np.ndarray:
     with open_image(path) as image:
         if image.mode not in ("1", "L", "I", "F") and not image.mode.startswith("I;16"):
@@ -294,10 +288,3 @@ def _row(reading: Reading, source: str, beside: Sequence[str]) -> Row:
     if reading.predictor == LANGUAGE_MODEL:
         return Row("model", f"language model of {reading.layer} in {about}", controls)
     return Row("model", f"{reading.predictor} in place of the language model of {reading.layer} in {about}", controls)
-
-
-def check_names(sources: Sequence[Source]) -> None:
-    """Raise a UserError if two rows of a table would have one name."""
-    counts = Counter(name for source in sources for name in source.rows)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise UserError(f"two models would be called {twice[0]!r}: rename one folder of maps")

@@ -16,7 +16,7 @@ Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # by image, model and 
 
 
 def bootstrap_interval(
-    values: ArrayLike, *, confidence: float = 0.95, resamples: int = 10000, seed: int = 0
+    values: ArrayLike, *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean over images (Efron & Tibshirani 1993, Sec. 13.3).
 
@@ -51,7 +51,7 @@ def bootstrap_interval(
 
 
 def paired_difference(
-    first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95, resamples: int = 10000, seed: int = 0
+    first: ArrayLike, second: ArrayLike, *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float, float]:
     """Mean of first - second over the same images, with the ends of its `bootstrap_interval`.
 
@@ -84,7 +84,7 @@ def summarise(scores: Scores, model: str, metrics: Sequence[str], seed: int) -> 
         values = column(scores, model, metric)
         values = values[~np.isnan(values)]
         means[metric] = float(values.mean()) if values.size else None
-        intervals[metric] = _numbers(bootstrap_interval(values, confidence=CONFIDENCE, resamples=RESAMPLES, seed=seed))
+        intervals[metric] = _numbers(bootstrap_interval(values, seed=seed))
     return {**means, "intervals": intervals}
 
 
@@ -93,7 +93,7 @@ def difference(scores: Scores, first: str, second: str, metrics: Sequence[str], 
     entry: dict[str, Any] = {"first": first, "second": second, "intervals": {}}
     for metric in metrics:
         pair = (column(scores, model, metric) for model in (first, second))
-        mean, *interval = paired_difference(*pair, confidence=CONFIDENCE, resamples=RESAMPLES, seed=seed)
+        mean, *interval = paired_difference(*pair, seed=seed)
         entry[metric] = None if math.isnan(mean) else mean
         entry["intervals"][metric] = _numbers(interval)
     return entry

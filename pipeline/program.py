@@ -78,15 +78,6 @@ def _on_signal(number: int, _frame: object) -> None:
     raise Terminated(number)
 
 
-def lacks_memory(error: Exception) -> bool:
-    """Whether an exception says that memory is exhausted, the device's or the computer's."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
-        or "can't allocate memory" in str(error)
-    )
-
-
 def explanation(error: Exception) -> str | None:
     """The one line for what a user can mend; None for a bug, which keeps its traceback."""
     if isinstance(error, UserError):
@@ -94,9 +85,10 @@ def explanation(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:  # the system's, which is no bug of this program
         where = repr(os.fsdecode(error.filename)[:200]) if isinstance(error.filename, str | bytes) else "a file"
         return one_line(f"{where}: {error.strerror}; mend that and run again to go on")
-    if isinstance(error, MemoryError | RuntimeError) and lacks_memory(error):
-        return LACKS_MEMORY
-    return None
+    # of torch, which is not imported here: its own error on a device, its words on a CPU
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    lacks_memory = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_torch)
+    return LACKS_MEMORY if lacks_memory else None
 
 
 def why_left_out(error: Exception) -> str:

@@ -17,6 +17,12 @@ MAY_NOT_IMPORT = {  # the first folder of a module's path -> what it never impor
     "benchmarks": set(),
 }
 
+OWN_MODULES_THAT_IMPORT_TORCH = {  # imported inside functions by modules that scripts import before they parse
+    "benchmarks/run.py": {"benchmarks.timing", "pipeline"},
+    "models/backbones/__init__.py": {"models.backbones.torchvision_networks"},
+    "pipeline/artefacts.py": {"models"},
+}
+
 
 def wing(path: Path) -> str:
     """The folder of the house that a module stands in, its own name for a script."""
@@ -77,3 +83,15 @@ def test_only_mains_and_parsers_take_arguments(path: Path) -> None:
         if isinstance(node, ast.FunctionDef) and any(argument.arg == "args" for argument in node.args.args)
     ]
     assert set(taking) <= allowed
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent != ROOT], ids=lambda p: str(p.relative_to(ROOT)))
+def test_modules_import_at_their_top(path: Path) -> None:
+    """Scripts import what takes seconds once they have parsed their arguments; what they import before does not."""
+    late = {"torch", "scipy", "matplotlib", "requests", "urllib3", "filelock", "tqdm", "resource"}
+    late |= OWN_MODULES_THAT_IMPORT_TORCH.get(str(path.relative_to(ROOT)), set())
+    functions = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.FunctionDef)]
+    found = [node for function in functions for node in ast.walk(function)]
+    names = {alias.name for node in found if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in found if isinstance(node, ast.ImportFrom)}
+    assert {name for name in names if name not in late and name.partition(".")[0] not in late} == set()
