@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def fixation_options(parser: options.Parser) -> None:
     """Options of `fixations`, but for those that every command has."""
     parser.inputs("--stimuli", type=options.folder, help="folder of the images")
-    parser.inputs("--fixations", type=Path, help=".csv, .mat, or MIT1003's folder DATA")
+    parser.inputs("--fixations", type=options.readable_path, help=".csv, .mat, or MIT1003's folder DATA")
     parser.inputs("--dataset", choices=tuple(DATASETS), help="download this data set instead")
     parser.inputs("--skip", type=options.natural, default=0, help="leave out the first images (default: 0)")
     parser.inputs("--limit", type=options.positive, help="take so many images (default: all)")

@@ -16,7 +16,6 @@ vlm.safetensors; --merge adds those of other workspaces with the same projection
 
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -127,7 +126,7 @@ def get_parser() -> options.Parser:
     parser.inputs(
         "--merge",
         nargs="+",
-        type=Path,
+        type=options.readable_file,
         metavar="FILE",
         help="train nothing: add layers trained elsewhere on the same projection",
     )

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from models.errors import UserError
-from pipeline.paths import read_text
+from models.weights.contents import other_kind_of
+from pipeline.paths import problem_of, read_text
 
 UNKNOWN_SUBJECT = -1
 COLUMNS = ("image", "subject", "x", "y")
@@ -19,8 +20,8 @@ Row = tuple[str, int, float, float]  # image, subject, x, y
 
 def csv_rows(path: Path) -> Iterator[Row]:
     """One row per line of the table; a UserError names the line."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: give a table of fixations with the columns {', '.join(COLUMNS)}")
+    if problem := problem_of(path) or (kind := other_kind_of(path)) and f"is {kind}":
+        raise UserError(f"{path} {problem}: give a table of fixations with the columns {', '.join(COLUMNS)}")
     try:
         rows = list(_table_rows(path, io.StringIO(read_text(path), newline="")))
     except (csv.Error, UnicodeError) as error:

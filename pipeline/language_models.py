@@ -13,7 +13,7 @@ from models.errors import UserError
 from models.projection import Projection
 from models.vlm import VisualLanguageModel
 from models.weights.downloads import file_hash
-from pipeline import artefacts, figures, program
+from pipeline import artefacts, figures, ownership, program
 from pipeline.training_log import LogLine, merge_log
 
 SAME_PROJECTION = 2e-3  # of values near 1: what float16 and another machine's eigenvectors may change
@@ -82,6 +82,7 @@ def merging(root: Path) -> Iterator[None]:
     """Wait until no other process merges layers in a workspace, then keep others out."""
     folder = root / "train_state"
     folder.mkdir(parents=True, exist_ok=True)
+    ownership.check_lock(folder / "merge.lock")
     with FileLock(folder / "merge.lock"):
         yield
 

@@ -162,6 +162,11 @@ def readable_file(text: str) -> Path:
     return path
 
 
+def readable_path(text: str) -> Path:
+    """argparse type: a folder, or a file that may be read."""
+    return user_path(text) if _kind(text) == stat.S_IFDIR else readable_file(text)
+
+
 def folder(text: str) -> Path:
     """argparse type: a folder, there or not yet."""
     if _kind(text) not in (0, stat.S_IFDIR):

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.errors import UserError
-from pipeline import artefacts, images, locks, ownership, paths, program
+from pipeline import artefacts, images, language_models, locks, ownership, paths, program
 from tests.conftest import make_photo
 from tests.pipeline.test_options import tiny, tiny_workspace  # noqa: F401 (fixtures)
 
@@ -203,6 +203,15 @@ def test_a_pipe_where_a_list_or_lock_is_to_be_is_refused(tmp_path: Path) -> None
         with pytest.raises(UserError, match="its name is needed for one: move it away"):
             work()
         (tmp_path / name).unlink()
+
+
+def test_a_lock_for_merging_is_a_lock(tmp_path: Path) -> None:
+    ownership.forget()
+    (tmp_path / "train_state").mkdir()
+    (tmp_path / "train_state" / "merge.lock").write_text("my own notes")
+    with pytest.raises(UserError, match="is no lock of this program"), language_models.merging(tmp_path):
+        pass
+    assert (tmp_path / "train_state" / "merge.lock").read_text() == "my own notes"
 
 
 def test_files_of_earlier_versions_may_be_written_again(tmp_path: Path) -> None:

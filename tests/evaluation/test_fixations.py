@@ -72,7 +72,8 @@ def test_all_fixations_outside_leave_an_empty_set(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "lacks the column image, x, y"),
+        ("", "is empty: give a table of fixations with the columns image, subject, x, y"),
+        ("<!DOCTYPE html>", "is a web page"),
         ("image,x\na.jpg,1\n", "lacks the column y: its first line must name image, x, y"),
         ("image x y\na.jpg 1 2\n", "it is 'image x y'"),
         ("image,subject,x,y,x\na.jpg,1,1,1,1\n", "column x twice"),
