@@ -19,7 +19,7 @@ from evaluation.journal import text_sha256
 from models.errors import UserError
 from models.unnaturalness import added
 from models.weights.downloads import file_hash
-from pipeline import array_files, artefacts, networks, ownership
+from pipeline import array_files, artefacts, networks, options, ownership
 from pipeline.decoding import open_image
 from pipeline.detector import LANGUAGE_MODEL, Checkpoint, Detector, Postprocess, Reading, choose_layers
 from pipeline.images import output_name
@@ -186,7 +186,8 @@ class Models:
     def _cache_file(self, name: str, path: Path, image_sha256: str) -> Path:
         reading = self.detector.readings[name]
         key = (reading.layer, reading.predictor)
-        determined = json.dumps({**self.detector.facts_of(name), "key": key, "image": image_sha256}, sort_keys=True)
+        facts = {**self.detector.facts_of(name), **options.image_facts(), "key": key, "image": image_sha256}
+        determined = json.dumps(facts, sort_keys=True)
         return self.cache / name / f"{output_name(path.stem)}-{text_sha256(determined)[:16]}.npy"
 
 

@@ -119,6 +119,7 @@ def test_deep_images_through_every_script(
     """By --range, which is a fact of what is made; floats without it cost a line, 16 bits need none."""
     monkeypatch.chdir(tmp_path)
     grey = np.repeat(PHOTO[:, :, :1], 3, axis=2)
+    (tmp_path / "fixations.csv").write_text("image,x,y\nphoto.tif,3,4\nphoto.tif,20,9\n")
     for name, given in write_deep(tmp_path / "deep").items():
         folder = tmp_path / "deep" / name
         if given and name != "twelve":
@@ -128,6 +129,18 @@ def test_deep_images_through_every_script(
         assert shape == (HEIGHT, WIDTH)
         assert np.abs(row.astype(int) - area_scale(grey, 256, 256)).max() <= 1, name
         assert np.abs(inverted.astype(int) - fit_to(grey, 8, 8)).max() <= 1, name
+        evaluated = tmp_path / "evaluated" / name
+        looks = ["fixations", "--stimuli", str(folder / "only"), "--fixations", str(tmp_path / "fixations.csv")]
+        model = ["--vlm", str(tiny_workspace / "vlm.safetensors"), "--weights", "random", "--device", "cpu"]
+        (folder / "only").mkdir()
+        (folder / "photo.tif").rename(folder / "only" / "photo.tif")
+        assert evaluate.main([*looks, *model, *given, "--out", str(evaluated)]) == 0
+        ((raw,),) = [[*(evaluated / "maps" / "tiny-conv2").glob("photo-*.npy")]]
+        assert np.array_equal(np.load(raw), np.load(folder / "maps" / "photo-unnaturalness.npy")), name
+        if name == "unit":  # maps of another range are other maps, also where an evaluation was not finished
+            (evaluated / "summary.json").unlink()
+            assert evaluate.main([*looks, *model, "--range", "0", "2", "--out", str(evaluated)]) == 0
+            assert len([*(evaluated / "maps" / "tiny-conv2").glob("photo-*.npy")]) == 2
         for sidecar in (folder / "ws" / "images.npy.json", folder / "maps" / "photo.npy.json"):
             stated = json.loads(sidecar.read_text()).get("range")
             assert stated == ([float(number) for number in given[1:]] or None)

@@ -162,7 +162,8 @@ def _checked(tensors: Mapping[str, Tensor], architecture: Architecture, path: Pa
             shapes = {name: shape for name, shape in shapes.items() if name not in heads}
     parameters = {}
     for name, shape in shapes.items():
-        found = tuple(tensors[name].shape) if name in tensors else "nothing"
+        held = ", ".join(f"{other:.40}" for other in list(tensors)[:3]) or "nothing"
+        found = tuple(tensors[name].shape) if name in tensors else f"nothing; the file holds {held}"
         if found != shape:
             raise UserError(
                 f"{path}: {name} should be {shape}, found {found}: give weights of {architecture.name} with --weights"
