@@ -121,11 +121,14 @@ def direction_error_map(p: Tensor, direction: str, predictor: Predictor) -> Tens
     return to_grid(weighted, direction, len(p))
 
 
-def layer_map(p: Tensor, predictors: Mapping[str, Predictor]) -> Tensor:
-    """Unnaturalness map (N, H-1, W-1) of projected features (N, D, H, W): the sum of the four error maps."""
+def layer_map(p: Tensor, predictors: Mapping[str, Predictor], apply: Callable[..., Iterable[Tensor]] = map) -> Tensor:
+    """Unnaturalness map (N, H-1, W-1) of projected features (N, D, H, W): the sum of the four error maps.
+
+    `apply` stands in for `map` over the directions, which do not depend on each other.
+    """
     height, width = p.shape[2] - 1, p.shape[3] - 1
-    maps = [direction_error_map(p, d, predictors[d])[:, :height, :width] for d in DIRECTIONS]
-    return torch.stack(maps).sum(0)
+    maps = apply(lambda d: direction_error_map(p, d, predictors[d])[:, :height, :width], DIRECTIONS)
+    return torch.stack(list(maps)).sum(0)
 
 
 def trivial_losses(p: Tensor) -> dict[str, float]:
@@ -268,9 +271,9 @@ class LayerModel(nn.ModuleDict):
         plain = p.device.type == "cpu" and p.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         return square and plain and p.shape[0] * p.shape[2] >= self.size
 
-    def unnaturalness_map(self, p: Tensor) -> Tensor:
-        """(N, H-1, W-1) float64 from projected features (N, D, H, W)."""
-        return layer_map(p, self)
+    def unnaturalness_map(self, p: Tensor, apply: Callable[..., Iterable[Tensor]] = map) -> Tensor:
+        """(N, H-1, W-1) float64 from projected features (N, D, H, W); `apply` as in `layer_map`."""
+        return layer_map(p, self, apply)
 
 
 class VisualLanguageModel(nn.Module):

@@ -51,6 +51,18 @@ def test_one_pass_gives_every_reading(workspace: Path, monkeypatch: pytest.Monke
     assert list(found.unnaturalness(rgb, ["conv5 again"])) == ["conv5 again"] and list(passes[-1][2]) == ["conv5"]
 
 
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_threads_are_shared_out(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = detector.side_by_side(lambda item: torch.tensor([item, torch.get_num_threads()]), range(4))
+        assert torch.get_num_threads() == threads, "the caller's stay"
+    finally:
+        torch.set_num_threads(before)
+    assert [values.tolist() for values in found] == [[item, max(threads // 4, 1)] for item in range(4)]
+
+
 def test_feature_contrast_is_a_sum_over_channels() -> None:
     features = torch.randn(1, 3, 12, 20, generator=torch.Generator().manual_seed(0))
     expected = sum(np.abs(c - gaussian_filter(c, (1.2, 2))) for c in features[0].double().numpy())
