@@ -219,11 +219,7 @@ class Run:
         noted = {"facts": {**self.facts.as_json(), **self._inputs()}, "iteration": self.iteration}
         noted |= {"log": [list(astuple(line)) for line in self.log], "losses": self.losses, "quantiles": self.quantiles}
         artefacts.write_tensors(self.state, self.tensors(), noted)
-        self.merge()
-
-    def merge(self) -> None:
-        """Put this run's layers into the workspace's checkpoint, beside those of other runs, even concurrent ones."""
-        with merging(self.root):
+        with merging(self.root):  # beside the layers of other runs, even concurrent ones
             log = merge_log(self.root / "log.csv", self.log, self.features.layers)
             merge_checkpoint(self.out, vlm_tensors(self.vlm), self.describe(), log, self.root / "figures" / "loss.png")
 
