@@ -51,7 +51,7 @@ def test_one_entry_of_each_kind_goes_through_every_stage(
     monkeypatch.setitem(PENALTIES, "l1", lambda x: x.abs().sum())
     monkeypatch.setitem(REGULARIZERS, "quiet", Regularizer(vlm=True, penalties={"l1": 5.0}))
     monkeypatch.setitem(picture_metrics.METRICS, "brightness", lambda c: float(c.picture.mean()))
-    monkeypatch.setattr(classifier, "find_weights", lambda: None)  # it reads larger pictures
+    monkeypatch.setattr(classifier, "find_weights", lambda judge: None)  # it reads larger pictures
     common = [*RUN, "--root", str(tmp_path)]
     prepare_images.main([*common, "--source", str(photos), "--num-images", "10"])
     random = ["--weights", "random"]
