@@ -6,16 +6,25 @@ from typing import Any
 
 
 @cache
-def matplotlib() -> Any:
+def without_figures() -> Any:
     """matplotlib with its own style, drawing to files only, whatever MPLBACKEND and matplotlibrc files say."""
     os.environ["MPLBACKEND"] = "agg"  # read, and refused where it is unknown, when it is imported
-    import matplotlib.figure
+    import matplotlib
 
     matplotlib.rcdefaults()
     matplotlib.use("agg")
     return matplotlib
 
 
+@cache
+def matplotlib() -> Any:
+    """The same with its figures, which take longer to import than all else of it."""
+    found = without_figures()
+    import matplotlib.figure  # noqa: F401 (what is found has it then)
+
+    return found
+
+
 def colormap(name: str) -> Any:
     """A colour map: values (…) in 0…1 -> (…, 4) RGBA in 0…1."""
-    return matplotlib().colormaps[name]
+    return without_figures().colormaps[name]

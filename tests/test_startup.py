@@ -45,6 +45,13 @@ def test_the_geometry_of_a_chain_needs_no_compiler() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_the_colours_of_an_overlay_need_no_figures() -> None:
+    """Of matplotlib, whose figures take half a second."""
+    code = "import sys; from pipeline.plotting import colormap; colormap('inferno'); print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert "matplotlib" in result.stdout.split() and "matplotlib.figure" not in result.stdout.split(), result.stderr
+
+
 def test_every_option_stands_in_a_section_of_help() -> None:
     for name in [path.stem for path in sorted(ROOT.glob("*.py"))]:
         parser = importlib.import_module(name).get_parser()
