@@ -26,6 +26,7 @@ from models.errors import UserError
 from pipeline.decoding import open_image, upright_size
 from pipeline.images import read_rgb
 from pipeline.names import Names
+from pipeline.paths import native_name, utf8_name
 
 TABLES = (".csv", ".tsv", ".txt")
 
@@ -79,9 +80,10 @@ def image_sizes(files: Iterable[Path]) -> dict[str, tuple[int, int]]:
     """
     sizes: dict[str, tuple[int, int]] = {}
     for file in files:
-        if file.name in sizes:
-            raise UserError(f"two stimuli are called {file.name}: fixations name images by file name, so rename one")
-        sizes[file.name] = _image_size(file)
+        name = utf8_name(file.name)
+        if name in sizes:
+            raise UserError(f"two stimuli are called {name}: fixations name images by file name, so rename one")
+        sizes[name] = _image_size(file)
     if not sizes:
         raise UserError("no stimuli: give image files or a folder of them")
     return sizes
@@ -228,7 +230,7 @@ def _mit1003_rows(folder: Path, stimuli: Mapping[str, tuple[int, int]]) -> Itera
     people = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "_")))
     for number, person in enumerate(people):
         for name in stimuli:
-            path = person / f"{Path(name).stem}.mat"
+            path = person / native_name(f"{Path(name).stem}.mat")
             if not path.is_file():
                 continue
             variable = path.stem[:NAME_LENGTH]

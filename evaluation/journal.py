@@ -17,7 +17,7 @@ JOURNAL = "scores.partial"
 
 def text_sha256(text: str) -> str:
     """sha256 of a text in UTF-8, as hex digits."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class Journal:

@@ -16,6 +16,7 @@ from models.randomness import seed_for
 from models.weights.downloads import file_hash
 from pipeline import array_files
 from pipeline.images import STORED_SIZE, list_images, open_stored, read_rgb
+from pipeline.paths import utf8_name
 from pipeline.scaling import area_scale
 from pipeline.splits import rows_of
 
@@ -56,7 +57,7 @@ def pictures_inside(folder: Path) -> list[Picture]:
     """
 
     def picture(name: str, path: Path) -> Picture:
-        return Picture(name, file_hash(path), lambda: area_scale(read_rgb(path), STORED_SIZE, STORED_SIZE))
+        return Picture(utf8_name(name), file_hash(path), lambda: area_scale(read_rgb(path), STORED_SIZE, STORED_SIZE))
 
     files, _ = list_images([str(folder)])
     whole = set(whole_images(list(files.values()))[0])

@@ -20,6 +20,7 @@ from models.errors import UserError
 from models.weights.downloads import file_hash
 from pipeline import artefacts, distributed, figures, listing, ownership, program
 from pipeline.images import read_rgb
+from pipeline.paths import utf8_name
 
 OBSERVERS = "inter-observer"
 Scores = dict[str, dict[str, float]]  # by row and metric, of one image
@@ -54,7 +55,7 @@ def evaluate(
     }
     if is_shown(out, facts, overwrite):
         return
-    numbers = {image.name: number for number, image in enumerate(looks.images)}
+    numbers = {name: number for number, name in enumerate(looks.fixations.names)}
 
     def score(name: str) -> Scores:
         """Scores of one image by all rows of all sources."""
@@ -106,7 +107,7 @@ def read_data(
 
 def fixations_sha256(fixations: Fixations) -> str:
     """Hash of everything that a metric reads of them."""
-    digest = hashlib.sha256("\n".join(fixations.names).encode())
+    digest = hashlib.sha256("\n".join(fixations.names).encode("utf-8", "surrogateescape"))
     for array in (fixations.sizes, fixations.image_index, fixations.x, fixations.y, fixations.subject):
         digest.update(array.tobytes())
     return digest.hexdigest()
@@ -154,7 +155,7 @@ def write(
         "images_scored": sum(count > 0 for count in counts),
         "fixations": len(fixations),
         "left_out": {key: getattr(fixations, key) for key in ("outside", "not_finite", "unknown")},
-        "unreadable": {file.name: problem for file, problem in looks.unreadable.items()},
+        "unreadable": {utf8_name(file.name): problem for file, problem in looks.unreadable.items()},
         "confidence": tables.CONFIDENCE,
         "models": {
             name: {"kind": row.kind, "about": row.about, **tables.summarise(scores, name, metrics, seed)}
@@ -206,9 +207,10 @@ def draw_examples(
         rgb = read_rgb(looks.images[number])
         own = [source for source in sources if {name, *row.controls} & source.rows.keys()]
         maps = {key: values for source in own for key, values in source.maps(looks.images[number], rgb).items()}
-        own_scores = scores[looks.images[number].name]
+        image = looks.fixations.names[number]
+        own_scores = scores[image]
         titles = {key: key.replace("/", "\n") + f"\nAUC {own_scores[key]['auc']:.3f}" for key in (name, *row.controls)}
-        photo = {f"{rank} of {len(order)}\n{looks.images[number].name}": rgb}
+        photo = {f"{rank} of {len(order)}\n{program.printable(image)}": rgb}
         pictures.append(photo | {title: maps[key] for key, title in titles.items()})
         points.append(looks.fixations.of_image(number)[:2])
     figures.picture_grid(pictures, path, points)

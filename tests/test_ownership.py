@@ -241,7 +241,13 @@ def test_a_finished_artefact_that_was_copied_here_may_be_written_again(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("script", "name"), [("saliency", "first.png"), ("reconstruct", "image.png"), ("evaluate fixations", "table.md")]
+    ("script", "name"),
+    [
+        ("saliency", "first.png"),
+        ("reconstruct", "image.png"),
+        ("evaluate fixations", "table.md"),
+        ("run_pretrained_model", "figure.png"),
+    ],
 )
 def test_what_would_be_refused_is_refused_before_the_work(
     script: str, name: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import evaluate
+import reconstruct
 import saliency
 from models.backbones import find_architecture
 from models.errors import UserError
@@ -136,6 +137,7 @@ def test_a_disk_that_refuses_a_name(
 def test_odd_pictures_in_an_evaluation(
     tmp_path: Path,
     tiny_workspace: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
     """A damaged one is left out and listed; one that a network cannot see is named."""
@@ -146,10 +148,15 @@ def test_odd_pictures_in_an_evaluation(
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:500])
     vlm = ["--vlm", str(tiny_workspace / "vlm.safetensors"), "--weights", "random", "--device", "cpu"]
     capsys.readouterr()
-    natural = ["naturalness", str(folder), *vlm, "--spoilings", "mirrored", "--out", str(tmp_path / "natural")]
-    assert evaluate.main(natural) == 0
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    natural = ["naturalness", str(folder), *vlm, "--spoilings", "mirrored", "--out", "."]
+    assert evaluate.main(natural) == 0 and (tmp_path / "here" / "table.md").is_file()
     told = capsys.readouterr()
     assert "cut.png is damaged" in told.err and told.err.count("left out: ") == 1 and "3 images" in told.out
+    once = ["--iterations", "1", "--target", "fc8", "--learning-rate", "1"]
+    assert not reconstruct.main([str(folder / "0.png"), *vlm, *once, "--out", "."])
+    assert (tmp_path / "here" / "reconstruction.png").is_file()
     Image.fromarray(make_photo(0, 3, 3)).save(folder / "small.png")
     (tmp_path / "fixations.csv").write_text("image,x,y\n0.png,1,1\nsmall.png,1,1\n")
     looks = ["fixations", "--stimuli", str(folder), "--fixations", str(tmp_path / "fixations.csv")]

@@ -1,6 +1,7 @@
 """Folders of stimuli, tables and maps as people have them, through the command line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,13 @@ from models.errors import UserError
 from tests.conftest import make_photo
 
 ROOT = Path(__file__).parents[2]
+POSIX = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 ACCENT = "cafe\u0301.png"  # as some systems store café
 
 
 @pytest.fixture
 def stimuli(tmp_path: Path) -> Path:
-    """Four images, one turned by its EXIF data, one in a folder; one that is cut off; files that are none."""
+    """Images, one turned by its EXIF data, one in a folder, one whose name is no text, one cut off; other files."""
     folder = tmp_path / "stimuli"
     (folder / "class").mkdir(parents=True)
     exif = Image.Exif()
@@ -30,6 +32,7 @@ def stimuli(tmp_path: Path) -> Path:
         Image.fromarray(make_photo(seed, 24, 40)).save(folder / name, **more)
     whole = (folder / "class" / "b.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(whole)  # no text in UTF-8
     for name in ("._1.JPG", "README.pdf", "features.h5", "notes.txt"):
         (folder / name).write_bytes(b"%PDF-1.4")
     return folder
@@ -45,13 +48,15 @@ def test_an_evaluation_of_what_people_have(stimuli: Path, tmp_path: Path) -> Non
     (tmp_path / "fixations.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     options = ["--stimuli", str(stimuli), "--fixations", str(tmp_path / "fixations.csv"), "--baseline", "uniform"]
     command = [sys.executable, str(ROOT / "evaluate.py"), "fixations", *options, "--out", str(tmp_path / "out")]
-    first = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=500)
+    first = subprocess.run(
+        command, capture_output=True, encoding="utf-8", cwd=tmp_path, timeout=500, env={**os.environ, **POSIX}
+    )
     assert first.returncode == 0, first.stderr
     assert "cut.png is damaged" in first.stderr and first.stderr.count("left out: ") == 1
-    assert "4 images, 12 fixations; left out: 1 images that cannot be read, 0 outside" in first.stdout
-    assert " 2 lost, 1 of other images; images without fixations: 0" in first.stdout
+    assert "5 images, 12 fixations; left out: 1 images that cannot be read, 0 outside" in first.stdout
+    assert " 2 lost, 1 of other images; images without fixations: 1" in first.stdout
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert (summary["images"], summary["images_scored"], summary["fixations"]) == (4, 4, 12)
+    assert (summary["images"], summary["images_scored"], summary["fixations"]) == (5, 4, 12)
     assert list(summary["unreadable"]) == ["cut.png"]
 
 

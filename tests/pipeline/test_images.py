@@ -120,18 +120,24 @@ UPRIGHT = {  # what is shown of pixels (H, W, 3) that were stored so
 }
 
 
+ODD_TAGS = (  # EXIF that Pillow reads and cannot write: number, type, count, value
+    (282, 2, 4, b"abc\0"),  # a resolution that is text
+    (282, 10, 1, struct.pack("<I", 38)),  # one of -1/0, with a sign
+    (258, 4, 1, struct.pack("<I", 70_000)),  # bits of a sample
+)
+
+
 @pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("form", ["JPEG", "TIFF", "PNG", "WEBP"])
 def test_orientations(form: str, orientation: int) -> None:
     """Pixels and size, also where another tag could not be written again."""
-    for broken in ({}, {282: b"abc"}) if form == "JPEG" else ({},):
+    for odd in (None, *ODD_TAGS) if form == "JPEG" else (None,):
         exif = Image.Exif()
         exif[0x0112] = orientation
         content = exif.tobytes()
-        if broken:  # X resolution as text: Pillow reads it, and cannot write it
-            content = struct.pack(
-                "<6s2sHIHHHIIHHI4sI", b"Exif\0\0", b"II", 42, 8, 2, 274, 3, 1, orientation, 282, 2, 4, b"abc\0", 0
-            )
+        if odd:
+            head = struct.pack("<6s2sHIHHHII", b"Exif\0\0", b"II", 42, 8, 2, 274, 3, 1, orientation)
+            content = head + struct.pack("<HHI4sIii", *odd, 0, -1, 0)
         buffer = io.BytesIO()
         settings = {"exif": exif if form == "TIFF" else content, **({"lossless": True} if form == "WEBP" else {})}
         Image.fromarray(RGB).save(buffer, format=form, **settings)
