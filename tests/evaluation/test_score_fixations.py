@@ -356,7 +356,10 @@ def test_mistakes(data: Path, workspace: Path, tmp_path: Path, capsys: pytest.Ca
         (["fixations"], "either --dataset, or both"),
         (["fixations", "--stimuli", str(data)], "either --dataset, or both"),
         (options(data, tmp_path, "--dataset", "osie"), "either --dataset, or both"),
-        (["fixations", "--stimuli", str(tmp_path / "no"), "--fixations", "f.csv"], "is not a folder"),
+        (
+            ["fixations", "--stimuli", str(tmp_path / "no"), "--fixations", str(data / "fixations.csv")],
+            "is not a folder",
+        ),
         (options(data, tmp_path, "--skip", 9), "no stimuli"),
         (options(data, tmp_path, "--skip", 3, "--vlm", vlm), "names none of the 1 stimuli"),
         (options(data, tmp_path, "--vlm", vlm, "--layer", "conv9"), "there is no layer 'conv9'"),
