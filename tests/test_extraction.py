@@ -32,8 +32,8 @@ def test_a_projection_is_one_product() -> None:
     assert_rounded(found, expected, 7 + 1, torch.float32)  # the product is stored in float32
 
 
-@pytest.mark.parametrize("mean_image", [False, True])
-def test_features_equal_the_plain_way(mean_image: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mean_image", "dtype"), [(False, "float32"), (True, "float32"), (False, "float16")])
+def test_features_equal_the_plain_way(mean_image: bool, dtype: str, tmp_path: Path) -> None:
     """More images than are projected at once; with a mean image the crop cannot come first."""
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (6, 256, 256, 3), dtype=np.uint8)
@@ -46,7 +46,7 @@ def test_features_equal_the_plain_way(mean_image: bool, tmp_path: Path) -> None:
         expected = {layer: p(features[layer]).permute(0, 2, 3, 1).numpy() for layer, p in layers.items()}
     views = Views()
     facts = {
-        layer: feature_facts(len(images), backbone, layer, p.size, views, {"dtype": "float32"})
+        layer: feature_facts(len(images), backbone, layer, p.size, views, {"dtype": dtype})
         for layer, p in layers.items()
     }
     backbone.to(memory_format=torch.channels_last)
@@ -54,7 +54,11 @@ def test_features_equal_the_plain_way(mean_image: bool, tmp_path: Path) -> None:
     extract_features.write_features(images, backbone, layers, files, batch_size=5, views=views)
     for layer, values in expected.items():
         found = torch.from_numpy(np.load(tmp_path / f"{layer}.npy"))
-        assert_rounded(found, torch.from_numpy(values), 27 + 54 + 20)  # two convolutions, the projection
+        assert found.dtype == getattr(torch, dtype)
+        if dtype == "float16":
+            torch.testing.assert_close(found.float(), torch.from_numpy(values), rtol=2**-11, atol=1e-4)
+        else:
+            assert_rounded(found, torch.from_numpy(values), 27 + 54 + 20)  # two convolutions, the projection
 
 
 def test_the_deepest_projection_is_part_of_its_convolution() -> None:
