@@ -123,7 +123,7 @@ def _find_maps(folder: Path, images: Sequence[Path]) -> dict[Path, Path]:
     index, stems = Names([file.name for file in there], stems=False), Counter(image.stem for image in images)
     found, taken = {}, set()
     for image in images:
-        ways = (image.stem, image.name) if stems[image.stem] == 1 else (image.name,)
+        ways = (image.stem, image.name, output_name(image.stem)) if stems[image.stem] == 1 else (image.name,)
         places = [index.find(f"{way}{suffix}") for suffix in (".npy", ".png") for way in ways]
         place = next((place for place in places if place is not None), None)
         if place is None:

@@ -1,6 +1,7 @@
 """The one place that imports matplotlib: neither the environment nor a user's settings change a figure."""
 
 import os
+import warnings
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ def without_figures() -> Any:
     os.environ["MPLBACKEND"] = "agg"  # read, and refused where it is unknown, when it is imported
     import matplotlib
 
+    warnings.filterwarnings("ignore", "Glyph")  # letters of a name that no font has
     matplotlib.rcdefaults()
     matplotlib.use("agg")
     return matplotlib

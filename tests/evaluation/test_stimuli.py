@@ -12,6 +12,7 @@ from PIL import Image
 
 from evaluation import map_sources
 from models.errors import UserError
+from pipeline.images import output_name
 from tests.conftest import make_photo
 
 ROOT = Path(__file__).parents[2]
@@ -77,5 +78,8 @@ def test_a_map_is_of_one_stimulus(tmp_path: Path) -> None:
         np.save(maps / name, np.ones((2, 3)))
     found = map_sources.Folder("maps", maps, sizes).files
     assert [file.name for file in found.values()] == ["1.jpg.npy", "1.PNG.npy", "caf\u00e9.npy", "2.npy"]
+    odd = stimuli / "a\n.png"
+    np.save(maps / f"{output_name(odd.stem)}.npy", np.ones((2, 3)))  # as saliency.py calls it
+    assert list(map_sources.Folder("maps", maps, {odd: (2, 3)}).files) == [odd]
     with pytest.raises(UserError, match="has no map of 1.png"):
         map_sources.Folder("maps", stimuli, {stimuli / "1.png": (2, 3)})

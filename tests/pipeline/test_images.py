@@ -169,7 +169,7 @@ def test_animation_gives_its_first_frame() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "not an image"), (b"hello", "not an image"), (encoded("RGB").getvalue()[:300], "is damaged")],
+    [(b"", "an empty file"), (b"hello", "not an image"), (encoded("RGB").getvalue()[:300], "is damaged")],
 )
 def test_unreadable_images(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "photo.png"

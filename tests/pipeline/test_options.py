@@ -161,7 +161,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of every script, and of every command of a script that has several."""
     found = {}
     for module in MODULES:
-        source = ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text()
+        source = ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
         if "def get_parser(" not in source:
             assert "argparse" not in source, f"{module} has options that are not covered here"
             continue
