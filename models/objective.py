@@ -110,10 +110,11 @@ def descent_for(name: str, regularizer: str) -> Descent:
 def penalties_for(regularizer: str, tap: str) -> dict[str, float]:
     """λ of every penalty for a tap.
 
-    Mahendran & Vedaldi smooth by depth: λ 1 up to conv2, 10 up to conv4, 100 beyond; for VGG its blocks count.
+    Mahendran & Vedaldi smooth by depth: λ 1 up to conv2, 10 up to conv4, 100 beyond. Of another network the first
+    number in a tap's name counts as the depth; a tap without one (`logits`) is deep.
     """
-    block = re.search(r"\d", tap)
-    depth = int(block.group()) if block else 0
+    number = re.search(r"\d+", tap)
+    depth = int(number.group()) if number else 0 if tap == "data" else 5
     by_depth = 1.0 if depth <= 2 else 10.0 if depth <= 4 else 100.0
     penalties = REGULARIZERS[regularizer].penalties
     return {name: by_depth if weight is None else weight for name, weight in penalties.items()}

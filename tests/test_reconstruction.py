@@ -102,7 +102,7 @@ def test_start_has_the_norm_of_an_image() -> None:
 
 def test_total_variation_weight_grows_with_depth() -> None:
     by_tap = {"data": 1, "conv1": 1, "conv2": 1, "conv3": 10, "conv4": 10, "conv5": 100, "pool5": 100, "fc8": 100}
-    by_tap |= {"conv1_2": 1, "conv2_2": 1, "conv3_3": 10, "conv4_4": 10, "conv5_4": 100}
+    by_tap |= {"conv1_2": 1, "conv2_2": 1, "conv3_3": 10, "conv4_4": 10, "conv5_4": 100, "block16": 100, "logits": 100}
     for tap, weight in by_tap.items():
         assert penalties_for("tv", tap) == {"tv": weight, "l6": 8e-10}
     assert penalties_for("none", "pool5") == {}
