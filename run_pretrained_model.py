@@ -7,7 +7,7 @@ Out: OUT/report.html, the page, in one file; OUT/figure.png, the paper's figure;
     python run_pretrained_model.py photo.jpg
     python run_pretrained_model.py photo.jpg --target fc8
 
-With --figures: all pictures of the README, assets/figure.png, assets/saliency.png and assets/reconstruction.png, from
+With --figures: all pictures of the README, assets/figure.png, saliency.png, reconstruction.png and logits.png, from
 sample photos; what they are made of stays in out/figures/, where another run takes it up again. With --out, both there.
 
     python run_pretrained_model.py --figures
@@ -45,7 +45,10 @@ SMALL, AT_MOST = "authors", 200  # the figure shows it small; it gets no more up
 # The README's pictures: sample photos by their names.
 SALIENCY_PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 RECONSTRUCTED_PHOTOS = ("china", "flower", "astronaut", "chelsea", "coffee", "rocket")
-REGULARIZERS = ("none", "l2", "tv", "vlm", "vlm+tv")
+GRIDS = {  # of reconstructions: checkpoint, target, regularisers
+    "reconstruction": (RECONSTRUCTION, "pool5", ("none", "l2", "tv", "vlm", "vlm+tv")),
+    "logits": (PRETRAINED / "efficientnet_lite0.safetensors", "logits", ("none", "tv", "vlm", "vlm+tv")),
+}
 FIGURE_DPI = 75
 PAGE = "report.html"
 PLAN = """{image}, with the language models that ship; times are of two CPU cores with nothing else to do:
@@ -170,20 +173,21 @@ def make_readme_pictures(run: Run, folder: Path, started: float) -> list[Path]:
     photos = {path.stem: path for path in sources.sample_photos()}
     if missing := {*SALIENCY_PHOTOS, *RECONSTRUCTED_PHOTOS} - photos.keys():
         raise UserError(f"the installed packages lack {', '.join(sorted(missing))}: pip install -r requirements.txt")
-    figure, saliency, reconstruction = (folder / f"{name}.png" for name in ("figure", "saliency", "reconstruction"))
+    figure, saliency, *grids = (folder / f"{name}.png" for name in ("figure", "saliency", *GRIDS))
     detector = open_detector(run, SALIENCY, control="predict-nothing")
     readme_pictures.saliency_picture(detector, [photos[name] for name in SALIENCY_PHOTOS], saliency)
     made = make_results(replace(run, image=next(iter(photos.values()))), started, FIGURE_DPI)
     if made != figure:
         artefacts.write_bytes(figure, made.read_bytes())
     inverted = [photos[name] for name in RECONSTRUCTED_PHOTOS]
-    columns = {name: run.out / "photos" / name for name in REGULARIZERS}
-    for number, (name, out) in enumerate(columns.items(), start=1):
-        print(f"\nreconstructions {number} of {len(columns)}: {name}", flush=True)
-        asked = {"weights": run.weights, "target": run.target, "iterations": run.iterations, "regularizer": name}
-        reconstruct.main([*map(str, inverted), *run.shared(vlm=RECONSTRUCTION, out=out, **asked)])
-    readme_pictures.reconstruction_picture(columns, inverted, reconstruction)
-    return [figure, saliency, reconstruction]
+    for path, (checkpoint, target, regularizers) in zip(grids, GRIDS.values(), strict=True):
+        columns = {name: run.out / path.stem / name for name in regularizers}
+        for name, out in columns.items():
+            print(f"\n{path.name}: {name}", flush=True)
+            asked = {"weights": run.weights, "target": target, "iterations": run.iterations, "regularizer": name}
+            reconstruct.main([*map(str, inverted), *run.shared(vlm=checkpoint, out=out, **asked)])
+        readme_pictures.reconstruction_picture(columns, inverted, path)
+    return [figure, saliency, *grids]
 
 
 def get_parser() -> options.Parser:

@@ -34,31 +34,34 @@ def test_readme_shows_what_the_shipped_checkpoints_give(tmp_path: Path) -> None:
 
 def test_readme_pictures_are_there_and_small() -> None:
     shown = re.findall(r"]\((assets/[^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert set(shown) <= {f"assets/{name}.png" for name in ("figure", "saliency", "reconstruction")}, "of --figures"
+    assert set(shown) <= {f"assets/{name}.png" for name in ("figure", "saliency", *run_pretrained_model.GRIDS)}, (
+        "of --figures"
+    )
     for name in shown:
         assert 10_000 < (ROOT / name).stat().st_size < 1_000_000, name
 
 
 def test_figures_come_from_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All three pictures and what they are made of, with small photos and a single iteration."""
+    """All pictures and what they are made of, with small photos and a single iteration."""
     photos = [tmp_path / f"{name}.png" for name in ("a", "b")]
     for seed, photo in enumerate(photos):
         Image.fromarray(make_photo(seed, 80, 100)).save(photo)
     monkeypatch.setattr("pipeline.sources.sample_photos", lambda: photos)
     monkeypatch.setattr(run_pretrained_model, "SALIENCY_PHOTOS", ("a",))
     monkeypatch.setattr(run_pretrained_model, "RECONSTRUCTED_PHOTOS", ("a", "b"))
-    monkeypatch.setattr(run_pretrained_model, "REGULARIZERS", ("none", "vlm+tv"))
+    grids = {n: (file, tap, ("none", "vlm+tv")) for n, (file, tap, _) in run_pretrained_model.GRIDS.items()}
+    monkeypatch.setattr(run_pretrained_model, "GRIDS", grids)
     monkeypatch.setattr(run_pretrained_model, "SALIENCY", run_pretrained_model.RECONSTRUCTION)
     monkeypatch.setattr("pipeline.figures.picture_row", lambda *a: None)
     monkeypatch.setattr("pipeline.figures.reconstruction_curves", lambda *a: None)
     out = tmp_path / "out"
     same = ["--figures", "--weights", "random", "--iterations", "1", "--out", str(out), "--device", "cpu"]
     run_pretrained_model.main(same)
-    for name in ("figure", "saliency", "reconstruction"):
+    for name in ("figure", "saliency", *grids):
         assert min(read_rgb(out / f"{name}.png").shape[:2]) > 100
-    made = [out / "photos" / name / "b" / "reconstruction.png" for name in ("none", "vlm+tv")]
+    made = [out / "reconstruction" / name / "b" / "reconstruction.png" for name in ("none", "vlm+tv")]
     before = [path.stat().st_mtime_ns for path in made]
-    columns = {name: out / "photos" / name for name in ("none", "vlm+tv")}
+    columns = {name: out / "reconstruction" / name for name in ("none", "vlm+tv")}
     reconstruction_picture(columns, photos, tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (out / "reconstruction.png").read_bytes()
     run_pretrained_model.main(same)
