@@ -79,11 +79,11 @@ def whole_images(files: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
         UserError: none can.
     """
     images, unreadable = readable(files)
+    if unreadable and not images:
+        raise UserError(f"none of the {len(unreadable)} images can be read; {next(iter(unreadable.values()))}")
     if distributed.leads():
         for problem in unreadable.values():
             print(f"evaluate.py: left out: {problem}", file=sys.stderr)
-    if unreadable and not images:
-        raise UserError(f"none of the {len(unreadable)} images can be read: give others")
     return images, unreadable
 
 

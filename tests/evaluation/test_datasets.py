@@ -136,7 +136,10 @@ def test_archive_is_fetched_once_and_unpacked(server, tmp_path: Path, monkeypatc
     assert [image.name for image in images] == [f"{n}.jpg" for n in range(1, 12)]
     found = read_fixations(path, image_sizes(images))
     assert (found.image_index.tolist(), found.x.tolist(), found.y.tolist()) == ([0, 9, 10], [0, 7, 29], [0, 4, 19])
-    images[3].write_bytes(b"cut off")
+    images[3].write_bytes(b"another")
+    with pytest.raises(UserError, match="4.jpg was not written by this program, and would be replaced: move it away"):
+        obtain("toronto", tmp_path / "cache", **QUICK)
+    images[3].unlink()
     images[5].unlink()
     assert obtain("toronto", tmp_path / "cache", **QUICK)[0] == images
     assert images[3].read_bytes() == images[5].read_bytes() == jpeg(30, 20)
