@@ -1,6 +1,7 @@
 """What pass 1 of stage 2 collects, and how it survives a kill and comes together from several ranks."""
 
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,11 @@ class TapStatistics:
         arrays["facts"] = np.array(json.dumps(facts))
         size = sum(array.nbytes for array in arrays.values())
         with artefacts.atomic_path(path, size) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)
+            # np.savez of NumPy 1 leaves its archive open, with a traceback, where the disk is full
+            with zipfile.ZipFile(file, "w") as archive:
+                for name, array in arrays.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, array)
 
     def restore(self, path: Path, facts: artefacts.Facts) -> None:
         """Take up the state of a killed run with the same facts, if there is one.
