@@ -40,8 +40,9 @@ class Case:
 CASES = (
     Case("alexnet", ARCHITECTURES["alexnet"].vlm_layers, ("data", "pool5"), images=192, batch=16),
     Case("vgg16", ("conv5_3",), ("data", "pool5"), images=8, batch=8),
+    Case("efficientnet_lite0", ARCHITECTURES["efficientnet_lite0"].vlm_layers, ("data", "logits"), images=32, batch=16),
 )
-QUICK_CASES = (Case("alexnet", ("conv2",), ("data",), images=3, batch=2),)
+QUICK_CASES = (Case("alexnet", ("conv2",), ("data", "pool5"), images=3, batch=2),)
 
 
 class Work:
@@ -49,7 +50,7 @@ class Work:
 
     def __init__(self, case: Case, setup: Setup):
         architecture = ARCHITECTURES[case.name]
-        loaded, self.backbone = (make_backbone(case.name, "pool5", setup) for _ in range(2))
+        loaded, self.backbone = (make_backbone(case.name, case.others[-1], setup) for _ in range(2))
         self.case, self.loaded = case, loaded
         self.backbone = lay_out(self.backbone)
         shape = (case.images, 256, 256, 3)

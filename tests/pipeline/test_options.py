@@ -7,7 +7,6 @@ tried.
 """
 
 import argparse
-import importlib
 import itertools
 import os
 import resource
@@ -18,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +76,7 @@ def tiny_workspace(tiny: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
         Image.fromarray(make_photo(i, 30, 40 + i)).save(root / "photos" / f"{i}.png")
     shutil.copy(root / "photos" / "0.png", root / "photo.png")
     for stage in ("prepare_images", "extract_features", "train_vlm"):
-        importlib.import_module(stage).main(base_command(stage, root, fresh=False))
+        import_module(stage).main(base_command(stage, root, fresh=False))
     with pytest.MonkeyPatch.context() as patch:
         for shipped in ("RECONSTRUCTION", "SALIENCY"):
             patch.setattr(run_pretrained_model, shipped, root / "vlm.safetensors")
@@ -151,7 +151,7 @@ def outcome(script: str, argv: list[str], capsys: pytest.CaptureFixture) -> tupl
     module, *command = script.split()
     try:
         with limits():
-            code = program.run(lambda: importlib.import_module(module).main([*command, *argv]))
+            code = program.run(lambda: import_module(module).main([*command, *argv]))
     except SystemExit as exit:
         code = exit.code
     return code, capsys.readouterr().err
@@ -165,7 +165,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
         if "def get_parser(" not in source:
             assert "argparse" not in source, f"{module} has options that are not covered here"
             continue
-        parser = importlib.import_module(module).get_parser()
+        parser = import_module(module).get_parser()
         commands = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
         found |= {f"{module} {n}": p for n, p in commands[0].choices.items()} if commands else {module: parser}
     return found
@@ -245,6 +245,7 @@ def unprivileged() -> Iterator[None]:
     if os.geteuid():
         yield
         return
+    import_module("models.backbones.torchvision_networks")  # nobody may be unable to read the environment
     os.seteuid(NOBODY)
     try:
         yield
