@@ -45,14 +45,24 @@ OUTPUTS = {  # of every script, names that it writes
     "evaluate naturalness": ["summary.json", "scores.csv", "table.md", "scores.partial", "pictures.png"],
     "run_pretrained_model": ["figure.png", "report.html", "README.txt", "saliency", "reconstructions", "unnaturalness"],
     "train_vlm": ["x.safetensors", "x.safetensors.json", "x.safetensors.partial", "vlm.safetensors"],
+    "train_vlm --iterations=1": ["x.safetensors", "x.safetensors.json", "log.csv", "train_state", "figures"],
+    "extract_features": [
+        "conv1.npy",
+        "conv1.npy.json",
+        "projection.safetensors",
+        ".conv1.npy.lock",
+        "conv1.npy.partial",
+    ],
+    "run_all": ["images.npy", "images.npy.json", "features", "vlm.safetensors", "report.html", "saliency", "log.csv"],
 }
 KINDS = ["photo", "symbolic", "hard", "own", "folder link"]
+WORKSPACE = ["vlm.safetensors", "images.npy", "images.npy.json"]
 
 
 def commands(script: str, root: Path, source: Path, out: Path) -> list[str]:
     """A command of a fraction of a second that reads `source` and writes into `out`."""
     vlm = ["--vlm", str(root / "vlm.safetensors"), "--weights", "random", "--device", "cpu", "--out", str(out)]
-    once = ["--iterations", "1"]
+    once, stage = ["--iterations", "1"], ["--preset", "tiny", "--device", "cpu"]
     return {
         "prepare_images": ["--source", str(source), "--out", str(out / "x.npy"), "--root", str(root)],
         "saliency": [str(source), *vlm],
@@ -61,6 +71,12 @@ def commands(script: str, root: Path, source: Path, out: Path) -> list[str]:
         "evaluate naturalness": [str(source), *vlm, "--spoilings", "mirrored"],
         "run_pretrained_model": [str(source), *vlm[2:], *once, "--target", "pool2"],
         "train_vlm": ["--out", str(root / "vlm.safetensors"), "--export", str(out / "x.safetensors")],
+        "train_vlm --iterations=1": [*stage, "--root", str(root), "--batch-size", "1"]
+        + ["--out", str(out / "x.safetensors")],
+        "extract_features": [*stage, "--root", str(root), "--weights", "random", "--out", str(out)]
+        + ["--layers", "conv1", "--pca-positions", "40"],
+        "run_all": [*stage, "--root", str(out), "--source", str(source), "--weights", "random", *once]
+        + ["--image", str(root / "picture.png"), "--layers", "conv1", "--reconstruction-iterations", "1"],
     }[script]
 
 
@@ -98,7 +114,8 @@ def place(root: Path, files: list[tuple[str, str, str]]) -> list[Path]:
 def keep_their_bytes(script: str, root: Path, files: list, source: str, out: str, overwrite: bool) -> None:
     """Run a script twice, refused or not: every file that was there before has its bytes."""
     kept = place(root, files)
-    kept += [root / "vlm.safetensors"] if (root / "vlm.safetensors").exists() else []
+    kept += [path for name in WORKSPACE if (path := root / name).is_file()]
+    kept += [path for path in (root / "features").glob("*") if path.is_file()]
     before = {path: path.read_bytes() for path in kept}
     module, *command = script.split()
     argv = [*command, *commands(script, root, root / source, root / out), *(["--overwrite"] if overwrite else [])]
@@ -129,7 +146,7 @@ def test_every_input_keeps_its_bytes(tmp_path: Path, files: list, source: str, o
     keep_their_bytes("prepare_images", tmp_path, files, source, out, overwrite)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_every_input_keeps_its_bytes_after_any_script(
     tmp_path: Path, request: pytest.FixtureRequest, data: st.DataObject
@@ -142,7 +159,11 @@ def test_every_input_keeps_its_bytes_after_any_script(
     out, overwrite = data.draw(st.sampled_from([*PLACES, "a/link", "new", "."])), data.draw(st.booleans())
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
-    shutil.copy(request.getfixturevalue("tiny_workspace") / "vlm.safetensors", tmp_path)
+    workspace = request.getfixturevalue("tiny_workspace")
+    if script != "run_all":  # which may begin a finished workspace anew
+        for name in WORKSPACE:
+            shutil.copy(workspace / name, tmp_path)
+        shutil.copytree(workspace / "features", tmp_path / "features", ignore=shutil.ignore_patterns(".*"))
     keep_their_bytes(script, tmp_path, files, source, out, overwrite)
 
 
