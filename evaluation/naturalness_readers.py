@@ -13,7 +13,7 @@ from models.errors import UserError
 from models.naturalness import features_of_crops, losses_and_maps
 from models.vlm import DIRECTIONS, TRIVIAL_PREDICTORS, VisualLanguageModel
 from pipeline import artefacts, networks
-from pipeline.detector import Checkpoint, choose_layers
+from pipeline.detector import Checkpoint, Detector, Reading, choose_layers
 
 MODEL, RELATIVE, NOTHING, RANDOM = "language model", "relative", "predict nothing", "random CNN"
 PREDICTORS = {  # the columns of the tables
@@ -97,16 +97,16 @@ def load_readers(
     readers: list[Reader] = []
     taken: Counter[str] = Counter()
     for checkpoint in checkpoints:
-        name, layers, titles = checkpoint.backbone, chosen[checkpoint.path], {}
-        for layer in layers:
-            taken[title := f"{name}-{layer}"] += 1
+        titles = {}
+        for layer in chosen[checkpoint.path]:
+            taken[title := f"{checkpoint.backbone}-{layer}"] += 1
             titles[layer] = title if taken[title] == 1 else f"{title}-{taken[title]}"
-        facts = {"backbone": name, "vlm_sha256": checkpoint.sha256, "layers": titles}
+        readings = [Reading(title, checkpoint, layer) for layer, title in titles.items()]
         for random in (False, True):
             drawn = replace(choice, weights="random") if random else choice
-            backbone, weights = networks.load_backbone(drawn, name, layers, device)
-            described = {**facts, **networks.weights_facts(backbone, weights), "random": random}
-            readers.append(Reader(backbone, checkpoint.vlm, titles, random, weights.source, described))
+            detector = Detector.load(readings, drawn, device)
+            facts = {**detector.facts, "vlm_sha256": checkpoint.sha256, "layers": titles, "random": random}
+            readers.append(Reader(detector.backbone, checkpoint.vlm, titles, random, detector.source, facts))
     return readers
 
 

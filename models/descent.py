@@ -272,7 +272,7 @@ FOURIER = Descent(
     parametrization="fourier",
     settings={"exponent": 1.0, "decorrelate": True},
     optimizer="adam",
-    # differs from the paper, whose 10 was for its own descent: by eye, on two photos, 3 shows more of what is small.
+    # differs from the paper, whose 10 was for its own descent (docs/RESULTS.md, what was tried).
     vlm_weight=3.0,
     energy_weight=0.1,
     in_turn=True,
