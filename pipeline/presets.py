@@ -43,7 +43,7 @@ DEFAULTS: dict[str, Stage] = {
         "layers": Setting(None, CODE, "the backbone's six"),
         "views": Setting(1, CODE),
         "pca_positions": Setting(100_000, CODE),
-        "dtype": Setting("float32", CODE),
+        "dtype": Setting("float16", OURS),  # its losses are float32's (docs/RESULTS.md)
         "batch_size": Setting(16, OURS),
         "held_out": Setting(50, OURS),
     },
@@ -122,7 +122,7 @@ PRESETS: dict[str, dict[str, Stage]] = {
     "alexnet_caffe": _alexnet(
         "alexnet_caffe",
         PAPER,
-        extract_features={"held_out": Setting(0, CODE)},
+        extract_features={"held_out": Setting(0, CODE), "dtype": Setting("float32", CODE)},
         reconstruct={"target": Setting("fc8", CODE), "descent": Setting("authors", CODE)},
     ),
     "efficientnet_lite0": _alexnet("efficientnet_lite0", reconstruct={"target": Setting("logits", OURS)}),
@@ -131,7 +131,7 @@ PRESETS: dict[str, dict[str, Stage]] = {
     "vgg19_caffe": _vgg(
         "vgg19_caffe",
         PAPER,
-        extract_features={"held_out": Setting(0, CODE)},
+        extract_features={"held_out": Setting(0, CODE), "dtype": Setting("float32", CODE)},
         reconstruct={"descent": Setting("authors", CARRIED)},
         saliency={"postprocess": Setting("original", CODE)},
     ),

@@ -276,7 +276,7 @@ def state_of(process: int) -> str:
 
 OTHER_OPTIONS = {
     "prepare_images": (["--num-images", "3"], "num_images is 128, not 3"),
-    "extract_features": (["--dtype", "float16"], "dtype is 'float32', not 'float16'"),
+    "extract_features": (["--dtype", "float32"], "dtype is 'float16', not 'float32'"),
     "train_vlm": (["--momentum", "0.5"], "momentum is 0.9, not 0.5"),
     "reconstruct": (["--iterations", "6"], "iterations is 5, not 6"),
     "saliency": (["--power", "0.7"], "power is 0.5, not 0.7"),

@@ -52,7 +52,7 @@ def test_artefacts_of_the_first_stages(workspace: Path) -> None:
     assert facts["names"] == sorted(facts["names"]) and len(facts["names"]) == 10
     for layer, size in (("conv4", 128), ("conv5", 128)):
         features = np.load(workspace / "features" / f"{layer}.npy")
-        assert features.shape == (10, 13, 13, size) and features.dtype == np.float32
+        assert features.shape == (10, 13, 13, size) and features.dtype == np.float16
         assert (workspace / "features" / f"{layer}.npy.json").is_file()
     vlm, notes = load_vlm(workspace / "vlm.safetensors")
     assert list(vlm.layers) == notes.configuration["layers"] == ["conv4", "conv5"]

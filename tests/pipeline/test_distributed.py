@@ -249,9 +249,9 @@ def test_killed_extraction(one: Path, tmp_path: Path, at: int) -> None:
 
 def test_a_mistake_is_told_once(one: Path, tmp_path: Path) -> None:
     root = copy(one, tmp_path / "root", "images.npy", "features")
-    results = run_ranks(2, "extract_features", [*extraction(root), "--dtype", "float16"], root)
+    results = run_ranks(2, "extract_features", [*extraction(root), "--dtype", "float32"], root)
     assert [code for code, _ in results] == [2, 2]
-    assert "dtype is 'float32', not 'float16'" in results[0][1] and results[1][1] == ""
+    assert "dtype is 'float16', not 'float32'" in results[0][1] and results[1][1] == ""
 
 
 def test_torchrun(one: Path, tmp_path: Path) -> None:

@@ -45,4 +45,4 @@ def test_dry_run_shares_the_hours_among_processes(capsys: pytest.CaptureFixture)
     assert alone.count(" of arithmetic at 80 GFLOP/s\n") == 5 and " 13 h of arithmetic" in alone
     run_all.main([*options, "--processes", "8", "--gflops", "10000"])
     shared = capsys.readouterr().out
-    assert "1.8 TB" in shared and shared.count("GFLOP/s of each of 8 processes") == 3
+    assert "894.5 GB" in shared and shared.count("GFLOP/s of each of 8 processes") == 3
