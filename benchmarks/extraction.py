@@ -20,10 +20,12 @@ from models.backbones import ARCHITECTURES, Backbone
 from pipeline import artefacts
 from pipeline.features import FeatureFiles, feature_facts
 from pipeline.networks import lay_out
+from pipeline.presets import DEFAULTS
 from pipeline.views import Views, network_batches
 
 POSITIONS = 3  # per image for PCA, as with 50,000 images
 GOAL = 0.9
+DTYPE = DEFAULTS["extract_features"]["dtype"].value
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Work:
             layer: feature_facts(len(self.images), self.backbone, layer, p.size, Views(), {})
             for layer, p in self.projections.items()
         }
-        return {layer: {**f, "dtype": "float32"} for layer, f in facts.items()}
+        return {layer: {**f, "dtype": DTYPE} for layer, f in facts.items()}
 
     def features(self) -> None:
         """Pass 2: project every layer and write it to files."""
@@ -109,7 +111,7 @@ class Work:
     def plain_write(self) -> None:
         """As many bytes as `features` leaves, batch by batch, to files that are on the disk at the end."""
         for layer, facts in self.facts().items():
-            batch = np.zeros((self.case.batch, *facts["shape"][1:]), np.float32)
+            batch = np.zeros((self.case.batch, *facts["shape"][1:]), DTYPE)
             with (self.folder / layer).open("wb") as file:
                 for _ in range(0, self.case.images, self.case.batch):
                     file.write(batch.data)
