@@ -76,11 +76,19 @@ def check(path: Path, note: bool = True) -> None:
             if claimed := [name for name in _owners(path.name) if _is_claimed(folder / name)]:
                 _note(folder, claimed)  # somebody put a finished artefact here, with its sidecar
                 return
-            raise UserError(
-                f"{path} was not written by this program, and would be replaced: move it away, or write elsewhere"
-            )
-        if note and not is_written(path.name, names):
-            _note(folder, [path.name])
+            raise _would_be_replaced(path)
+        if not is_written(path.name, names):
+            for beside in (folder / f"{path.name}{ending}" for ending in (".json", ".partial", ".progress")):
+                if os.path.lexists(beside):  # with this name it would count as ours from now on
+                    names.update(_read(folder / LEDGER))
+                    if not _is_ours(folder, beside.name, names):
+                        raise _would_be_replaced(beside)
+            if note:
+                _note(folder, [path.name])
+
+
+def _would_be_replaced(path: Path) -> UserError:
+    return UserError(f"{path} was not written by this program, and would be replaced: move it away, or write elsewhere")
 
 
 def wrote(path: Path) -> None:

@@ -195,6 +195,19 @@ def test_what_is_ours_may_be_written_again(tmp_path: Path) -> None:
     ownership.forget()
 
 
+def test_what_stands_beside_a_new_name_is_theirs(tmp_path: Path) -> None:
+    """Somebody's own sidecar or part of a file that is not there yet is refused before that is written."""
+    for ending in (".json", ".partial", ".progress"):
+        beside = tmp_path / f"x.safetensors{ending}"
+        beside.write_text("my own notes")
+        for note in (False, True):
+            with pytest.raises(UserError, match=f"x.safetensors{ending} was not written by this program"):
+                ownership.check(tmp_path / "x.safetensors", note)
+        beside.unlink()
+    ownership.check(tmp_path / "x.safetensors")
+    ownership.check(tmp_path / "x.safetensors.json")
+
+
 def test_a_picture_that_somebody_replaced_is_theirs(tmp_path: Path) -> None:
     ownership.forget()
     for seed in (0, 0, 1):
