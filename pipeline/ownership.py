@@ -65,24 +65,19 @@ def check(path: Path, note: bool = True) -> None:
     with _one_at_a_time:
         _refuse_inputs(path)
         folder = real(path.parent)
-        names = _ledger(folder)
         if os.path.lexists(folder / path.name):
-            if not _is_ours(folder, path.name, names):
-                names.update(_read(folder / LEDGER))  # another rank may have written it meanwhile
-            if _is_ours(folder, path.name, names):
-                if note and names.get(utf8_name(path.name)):
+            if _is_ours(folder, path.name):
+                if note and _ledger(folder).get(utf8_name(path.name)):
                     _note(folder, [path.name])  # another picture will stand there
                 return
             if claimed := [name for name in _owners(path.name) if _is_claimed(folder / name)]:
                 _note(folder, claimed)  # somebody put a finished artefact here, with its sidecar
                 return
             raise _would_be_replaced(path)
-        if not is_written(path.name, names):
-            for beside in (folder / f"{path.name}{ending}" for ending in (".json", ".partial", ".progress")):
-                if os.path.lexists(beside):  # with this name it would count as ours from now on
-                    names.update(_read(folder / LEDGER))
-                    if not _is_ours(folder, beside.name, names):
-                        raise _would_be_replaced(beside)
+        if not is_written(path.name, _ledger(folder)):
+            for beside in _companions(folder, path.name):  # with this name they would count as ours from now on
+                if not _is_ours(folder, beside):
+                    raise _would_be_replaced(folder / beside)
             if note:
                 _note(folder, [path.name])
 
@@ -162,8 +157,22 @@ def _refuse_inputs(path: Path) -> None:
         raise UserError(f"{path} is read by this run and would be replaced: write elsewhere, with another --out")
 
 
-def _is_ours(folder: Path, name: str, names: Mapping[str, str]) -> bool:
-    """Whether a file that stands there is what this program wrote, by the `names` of a ledger."""
+def _companions(folder: Path, owner: str) -> list[str]:
+    """Names in a folder that are companions of this one."""
+    if not folder.is_dir():
+        return []
+    return [p.name for p in folder.iterdir() if p.name.startswith(owner) and owner in _owners(p.name)]
+
+
+def _is_ours(folder: Path, name: str) -> bool:
+    """Whether a file that stands there is what this program wrote."""
+    names = _ledger(folder)
+    if not _is_noted(folder, name, names):
+        names.update(_read(folder / LEDGER))  # another rank may have written it meanwhile
+    return _is_noted(folder, name, names)
+
+
+def _is_noted(folder: Path, name: str, names: Mapping[str, str]) -> bool:
     return is_written(name, names) and _is_unchanged(folder / name, names.get(utf8_name(name), ""))
 
 

@@ -197,7 +197,7 @@ def test_what_is_ours_may_be_written_again(tmp_path: Path) -> None:
 
 def test_what_stands_beside_a_new_name_is_theirs(tmp_path: Path) -> None:
     """Somebody's own sidecar or part of a file that is not there yet is refused before that is written."""
-    for ending in (".json", ".partial", ".progress"):
+    for ending in (".json", ".partial", ".progress", ".json.partial", "-0of2"):
         beside = tmp_path / f"x.safetensors{ending}"
         beside.write_text("my own notes")
         for note in (False, True):
