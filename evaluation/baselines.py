@@ -82,5 +82,6 @@ BASELINES: dict[str, Baseline] = {
     "feature-contrast": Baseline(
         "Σ over channels of |F - blurred F|, as in DeepFeat (Mahdi, Qin & Crosby 2019)", predictor="feature-contrast"
     ),
+    "rarity": Baseline("how improbable a feature is in its image: surprise that predicts nothing", predictor="rarity"),
     "uniform": Baseline("a constant map: chance", lambda rgb: np.zeros(rgb.shape[:2])),
 }

@@ -32,6 +32,7 @@ BACKWARD = ("up", "left")
 INITIAL_STD = 0.01  # paper: weights from N(0, 0.01²), biases 0
 
 Predictor = Callable[[Tensor], Tensor]
+Measure = Callable[[Tensor], Tensor]
 
 # Kinds of recurrent model by name: from D to a module that maps sequences (T, B, D) to hidden states (T, B, D) and
 # something else, usually its last state. The module keeps its weights in parameters called `…weight…` and `…bias…`.
@@ -87,20 +88,25 @@ def repeat_last(seen: Tensor) -> Tensor:
 TRIVIAL_PREDICTORS: dict[str, Predictor] = {"predict nothing": predict_nothing, "repeat last": repeat_last}
 
 
-def squared_errors(p: Tensor, direction: str, predictor: Predictor) -> Tensor:
-    """Squared error of every prediction of one scan, not yet weighted: (T-1, B, D) in reading order."""
+def prediction_errors(p: Tensor, direction: str, predictor: Predictor) -> Tensor:
+    """Error vector of every prediction of one scan: (T-1, B, D) in reading order."""
     sequences = to_sequences(p, direction)  # (T, B, D)
     if len(sequences) < 2:
         raise UserError(
             f"a {p.shape[3]}×{p.shape[2]} feature map has nothing to predict along '{direction}': give a larger image"
         )
-    return (predictor(sequences[:-1]) - sequences[1:]).square()
+    return predictor(sequences[:-1]) - sequences[1:]
+
+
+def mean_squares(errors: Tensor) -> Tensor:
+    """How much each error vector counts, the paper's: (T-1, B, D) -> (T-1, B), averaged over the D components."""
+    return errors.square().mean(dim=2, dtype=accumulation_type(errors))
 
 
 def direction_loss(p: Tensor, direction: str, predictor: Predictor) -> Tensor:
     """Mean weighted squared error of one direction, a float64 scalar."""
-    errors = squared_errors(p, direction, predictor)
-    per_step = errors.mean(dim=(1, 2), dtype=accumulation_type(p))  # (T-1,)
+    errors = prediction_errors(p, direction, predictor)
+    per_step = errors.square().mean(dim=(1, 2), dtype=accumulation_type(p))  # (T-1,)
     return (per_step * ramp(len(errors), p)).mean()
 
 
@@ -109,25 +115,31 @@ def layer_loss(p: Tensor, predictors: Mapping[str, Predictor], directions: Seque
     return torch.stack([direction_loss(p, d, predictors[d]) for d in directions]).mean()
 
 
-def direction_error_map(p: Tensor, direction: str, predictor: Predictor) -> Tensor:
-    """Weighted squared error of every prediction at its place, averaged over the D components.
+def direction_error_map(p: Tensor, direction: str, predictor: Predictor, measure: Measure = mean_squares) -> Tensor:
+    """How much the error of every prediction counts by some measure, times the ramp, at its place.
 
     (N, H-1, W) for the vertical directions, (N, H, W-1) for the horizontal ones. A forward direction's error
     stands where the last vector read stood, a backward one's where the predicted vector stands: both count the
     T-1 steps from the top or the left (original code).
     """
-    errors = squared_errors(p, direction, predictor)
-    weighted = errors.mean(dim=2, dtype=accumulation_type(p)) * ramp(len(errors), p)[:, None]  # (T-1, B)
+    errors = prediction_errors(p, direction, predictor)
+    weighted = measure(errors) * ramp(len(errors), p)[:, None]  # (T-1, B)
     return to_grid(weighted, direction, len(p))
 
 
-def layer_map(p: Tensor, predictors: Mapping[str, Predictor], apply: Callable[..., Iterable[Tensor]] = map) -> Tensor:
+def layer_map(
+    p: Tensor,
+    predictors: Mapping[str, Predictor],
+    apply: Callable[..., Iterable[Tensor]] = map,
+    measure: Measure = mean_squares,
+) -> Tensor:
     """Unnaturalness map (N, H-1, W-1) of projected features (N, D, H, W): the sum of the four error maps.
 
-    `apply` stands in for `map` over the directions, which do not depend on each other.
+    `apply` stands in for `map` over the directions, which do not depend on each other; `measure` for the paper's
+    mean squares.
     """
     height, width = p.shape[2] - 1, p.shape[3] - 1
-    maps = apply(lambda d: direction_error_map(p, d, predictors[d])[:, :height, :width], DIRECTIONS)
+    maps = apply(lambda d: direction_error_map(p, d, predictors[d], measure)[:, :height, :width], DIRECTIONS)
     return torch.stack(list(maps)).sum(0)
 
 
@@ -271,9 +283,11 @@ class LayerModel(nn.ModuleDict):
         plain = p.device.type == "cpu" and p.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         return square and plain and p.shape[0] * p.shape[2] >= self.size
 
-    def unnaturalness_map(self, p: Tensor, apply: Callable[..., Iterable[Tensor]] = map) -> Tensor:
-        """(N, H-1, W-1) float64 from projected features (N, D, H, W); `apply` as in `layer_map`."""
-        return layer_map(p, self, apply)
+    def unnaturalness_map(
+        self, p: Tensor, apply: Callable[..., Iterable[Tensor]] = map, measure: Measure = mean_squares
+    ) -> Tensor:
+        """(N, H-1, W-1) float64 from projected features (N, D, H, W); `apply` and `measure` as in `layer_map`."""
+        return layer_map(p, self, apply, measure)
 
 
 class VisualLanguageModel(nn.Module):

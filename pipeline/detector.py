@@ -16,7 +16,16 @@ from models.backbones import Backbone, central_part
 from models.checkpoints import load_vlm
 from models.errors import UserError
 from models.projection import fold_deepest
-from models.vlm import DIRECTIONS, TRIVIAL_PREDICTORS, LayerModel, VisualLanguageModel, layer_map
+from models.surprise import surprise
+from models.vlm import (
+    DIRECTIONS,
+    TRIVIAL_PREDICTORS,
+    LayerModel,
+    Measure,
+    VisualLanguageModel,
+    layer_map,
+    mean_squares,
+)
 from models.weights.downloads import file_hash
 from pipeline import artefacts, networks
 from pipeline.images import STORED_SIZE
@@ -35,9 +44,9 @@ class Seen:
     model: LayerModel
 
 
-def _trivial(name: str) -> Callable[[Seen], Tensor]:
+def _trivial(name: str, measure: Measure = mean_squares) -> Callable[[Seen], Tensor]:
     predictors = dict.fromkeys(DIRECTIONS, TRIVIAL_PREDICTORS[name])
-    return lambda seen: layer_map(seen.projected, predictors)
+    return lambda seen: layer_map(seen.projected, predictors, measure=measure)
 
 
 def side_by_side(compute: Callable[[Any], Tensor], items: Sequence[Any]) -> list[Tensor]:
@@ -51,16 +60,22 @@ def side_by_side(compute: Callable[[Any], Tensor], items: Sequence[Any]) -> list
         return list(pool.map(compute, items))
 
 
-def _language_model(seen: Seen) -> Tensor:
-    apply = side_by_side if seen.projected.device.type == "cpu" else map
-    return seen.model.unnaturalness_map(seen.projected, apply)
+def _language_model(measure: Measure) -> Callable[[Seen], Tensor]:
+    def read(seen: Seen) -> Tensor:
+        apply = side_by_side if seen.projected.device.type == "cpu" else map
+        return seen.model.unnaturalness_map(seen.projected, apply, measure)
+
+    return read
 
 
-# What may give a layer's map (1, h', w'). All but the first are controls: a trivial predictor in the language model's
-# place, or none.
+# What may give a layer's map (1, h', w'). Two read the language model's errors: vlm by their size, surprise by how
+# improbable they are. The others are controls: a trivial predictor in its place, or none. Rarity is to surprise what
+# predict-nothing is to vlm: how improbable a feature is in its image.
 PREDICTORS: dict[str, Callable[[Seen], Tensor]] = {
-    LANGUAGE_MODEL: _language_model,
+    LANGUAGE_MODEL: _language_model(mean_squares),
+    "surprise": _language_model(surprise),
     **{name.replace(" ", "-"): _trivial(name) for name in TRIVIAL_PREDICTORS},
+    "rarity": _trivial("predict nothing", surprise),
     FEATURE_CONTRAST: lambda seen: unnaturalness.feature_contrast(seen.features),
 }
 

@@ -260,8 +260,9 @@ def add_postprocess_options(parser: Parser) -> None:
         "--predictor",
         **each,
         default="vlm",
-        help="what gives the map: vlm, the language model, or instead predict-nothing (the energy of features), "
-        "repeat-last, feature-contrast; one for each --vlm (default: vlm)",
+        help="what gives the map: the language model by its errors (vlm), or by how improbable these are (surprise); "
+        "without one predict-nothing (the energy of features), rarity (its surprise), repeat-last, feature-contrast; "
+        "one for each --vlm (default: vlm)",
     )
     parser.output(
         "--centre-prior",

@@ -26,7 +26,7 @@ from models.checkpoints import load_vlm, read_tensors, write_tensors
 from models.errors import UserError
 from models.randomness import split_images
 from models.training import draw_rows
-from models.vlm import squared_errors
+from models.vlm import prediction_errors
 from pipeline import program, reconstruction, views
 from pipeline.features import read_batch
 from pipeline.progress import Terminated
@@ -201,8 +201,8 @@ def test_weights_of_another_projection_are_expressed_in_the_new_one(workspace: P
     kept = load_vlm(workspace / "vlm.safetensors")[0].layers["conv5"]
     p = torch.randn(1, kept.size, 4, 4, generator=torch.Generator().manual_seed(0))
     for direction in kept:
-        expected = squared_errors(p.flip(1), direction, kept[direction]).flip(2)
-        torch.testing.assert_close(squared_errors(p, direction, moved[direction]), expected, rtol=1e-4, atol=1e-4)
+        expected = prediction_errors(p.flip(1), direction, kept[direction]).flip(2)
+        torch.testing.assert_close(prediction_errors(p, direction, moved[direction]), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_interrupted_extraction_resumes_to_the_same_files(

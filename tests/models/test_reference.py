@@ -27,8 +27,8 @@ from models.vlm import (
     direction_error_map,
     layer_loss,
     layer_map,
+    prediction_errors,
     ramp,
-    squared_errors,
     to_grid,
     to_sequences,
 )
@@ -158,7 +158,7 @@ def test_vlm_layer(dtype: torch.dtype, roundings: int) -> None:
             predictor = vlm.layers[layer][direction]
             whole = to_grid(predictor(to_sequences(p, direction)), direction, len(p)).permute(0, 3, 1, 2)
             assert_close(whole, vectors[f"odd_pred_{layer}_{code}"], roundings)
-            squared = squared_errors(p, direction, predictor)
+            squared = prediction_errors(p, direction, predictor).square()
             per_channel = to_grid(squared * ramp(len(squared), p)[:, None, None], direction, len(p))
             expected = vectors[f"odd_err_{layer}_{code}"]
             assert_close(per_channel.permute(0, 3, 1, 2), expected, roundings)

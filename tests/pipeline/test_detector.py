@@ -85,5 +85,5 @@ def test_one_value_for_all_checkpoints_or_one_for_each() -> None:
     assert detector.each(0.5, 3, "--power") == [0.5] * 3 and detector.each([1, 2], 2, "--power") == [1, 2]
     with pytest.raises(UserError, match="--power has 2 values for 3 checkpoints: give one, or one for each"):
         detector.each([1, 2], 3, "--power")
-    with pytest.raises(UserError, match="no predictor 'best': choose from vlm, predict-nothing, repeat-last, feature"):
+    with pytest.raises(UserError, match="no predictor 'best': choose from vlm, surprise, predict-nothing"):
         detector.Reading("a", None, "conv5", "best")
