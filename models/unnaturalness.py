@@ -14,7 +14,7 @@ from models.backbones import Backbone
 from models.errors import UserError
 
 Stride = int | tuple[int, int]  # input pixels between neighbours of a grid; of rows and columns where they differ
-CONTRAST_BLUR = 0.1  # of the grid's height and width
+CONTRAST_BLUR = 0.2  # of the grid's height and width
 
 
 def layer_features(backbone: Backbone, rgb: np.ndarray, layers: Iterable[str]) -> dict[str, Tensor]:

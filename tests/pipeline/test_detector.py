@@ -65,7 +65,7 @@ def test_threads_are_shared_out(threads: int) -> None:
 
 def test_feature_contrast_is_a_sum_over_channels() -> None:
     features = torch.randn(1, 3, 12, 20, generator=torch.Generator().manual_seed(0))
-    expected = sum(np.abs(c - gaussian_filter(c, (1.2, 2))) for c in features[0].double().numpy())
+    expected = sum(np.abs(c - gaussian_filter(c, (2.4, 4))) for c in features[0].double().numpy())
     np.testing.assert_allclose(feature_contrast(features)[0].numpy(), expected, rtol=1e-4)
     assert not feature_contrast(torch.full((1, 2, 5, 6), 3.0)).numpy().round(5).any(), "constant features"
 
