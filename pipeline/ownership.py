@@ -167,8 +167,9 @@ def _companions(folder: Path, owner: str) -> list[str]:
 def _is_ours(folder: Path, name: str) -> bool:
     """Whether a file that stands there is what this program wrote."""
     names = _ledger(folder)
-    if not _is_noted(folder, name, names):
-        names.update(_read(folder / LEDGER))  # another rank may have written it meanwhile
+    if _is_noted(folder, name, names):
+        return True
+    names.update(_read(folder / LEDGER))  # another rank may have written it meanwhile
     return _is_noted(folder, name, names)
 
 
